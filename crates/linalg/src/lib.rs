@@ -1,0 +1,10 @@
+//! Dense matrix kernels on `f32` slices: products and Gram updates.
+//!
+//! Every result is independent of the number of threads: work is cut by shape alone, and each
+//! element is summed in one fixed order.
+
+mod gram;
+mod product;
+
+pub use gram::{gram_update, mirror_lower};
+pub use product::{Mat, Threads, dot, gemm, gemm_into};
