@@ -1,0 +1,89 @@
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+use lite_decoder::{BlockSpec, DecoderError, InputId, Tap};
+use thiserror::Error;
+
+use crate::InputStats;
+
+/// What can be wrong with gathered statistics.
+#[derive(Debug, Error)]
+pub enum StatsError {
+    /// Activations overflow or are undefined.
+    #[error(
+        "block {block}: {channels} of {total} channels of the {input} input hold NaN or Inf; the model itself overflows on this text: check it in float first, or try other calibration data"
+    )]
+    NotFinite {
+        /// Block index.
+        block: usize,
+        /// Which input.
+        input: String,
+        /// Broken channels.
+        channels: usize,
+        /// All channels.
+        total: usize,
+    },
+}
+
+/// The statistics of every input of one block.
+#[derive(Debug, Clone, Default)]
+pub struct BlockStats {
+    inputs: BTreeMap<InputId, InputStats>,
+}
+
+impl BlockStats {
+    /// Statistics of one input, if the block has it.
+    pub fn get(&self, input: InputId) -> Option<&InputStats> {
+        self.inputs.get(&input)
+    }
+
+    /// All inputs, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&InputId, &InputStats)> {
+        self.inputs.iter()
+    }
+}
+
+/// A [`Tap`] that gathers [`InputStats`] for every input of one block.
+#[derive(Debug)]
+pub struct StatsTap {
+    stats: BlockStats,
+}
+
+impl StatsTap {
+    /// Room for every input of `block`.
+    pub fn new(block: &BlockSpec) -> Self {
+        let inputs = block.sites.iter().map(|site| (site.input, InputStats::new(site.in_features))).collect();
+        Self { stats: BlockStats { inputs } }
+    }
+
+    /// Bytes of the Gram matrices that [`StatsTap::new`] allocates for `block`.
+    pub fn gram_bytes(block: &BlockSpec) -> u64 {
+        let widths: BTreeMap<InputId, u64> = block.sites.iter().map(|s| (s.input, s.in_features as u64)).collect();
+        widths.values().map(|k| k * k * 4).sum()
+    }
+
+    /// The finished statistics.
+    ///
+    /// # Errors
+    /// [`StatsError::NotFinite`] if an activation was NaN or Inf.
+    pub fn finish(mut self) -> Result<BlockStats, StatsError> {
+        for (id, stats) in &mut self.stats.inputs {
+            stats.finish();
+            let channels = stats.broken_channels();
+            if channels > 0 {
+                let (input, total) = (format!("{:?}", id.stream), stats.in_features);
+                return Err(StatsError::NotFinite { block: id.block, input, channels, total });
+            }
+        }
+        Ok(self.stats)
+    }
+}
+
+impl Tap for StatsTap {
+    fn input(&mut self, at: InputId, x: &Tensor) -> Result<(), DecoderError> {
+        if let Some(stats) = self.stats.inputs.get_mut(&at) {
+            lite_decoder::with_cpu_slice(x, |values| stats.update(values))?;
+        }
+        Ok(())
+    }
+}
