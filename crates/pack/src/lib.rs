@@ -1,1 +1,29 @@
-//! Work in progress.
+//! Checkpoint layouts, both ways, and the rules of the engines that read them.
+//!
+//! A [`Layout`] turns one [`lite_quant::QuantizedLinear`] into the tensors of a checkpoint and back,
+//! and writes the matching `quantization_config`. A layout knows no quantization method and no file:
+//! it maps integers to bytes. [`targets`] knows which of those checkpoints an engine loads, so that a
+//! plan can be refused before the first weight is read.
+//!
+//! The tensors of one linear `[N, K]` with G groups per row and b bits:
+//!
+//! | layout | codes | scales | zero points |
+//! |---|---|---|---|
+//! | `awq` | `qweight` I32 `[K, N/8]` | `scales` `[G, N]` | `qzeros` I32 `[G, N/8]` |
+//! |`compressed-tensors`|`weight_packed` I32 `[N, ⌈K·b/32⌉]`|`weight_scale` `[N, G]`|`weight_zero_point` I32 `[⌈N·b/32⌉, G]`|
+//!
+//! compressed-tensors adds `weight_shape` I64 `[2]` and drops the zero points of symmetric schemes.
+#![forbid(unsafe_code)]
+
+mod awq;
+mod bits;
+mod compressed_tensors;
+mod config;
+mod error;
+mod layout;
+pub mod targets;
+mod tensors;
+
+pub use config::{ConfigFacts, ParsedConfig, detect};
+pub use error::{ErrorKind, PackError};
+pub use layout::{Layout, PackedTensor, TensorRef, TensorSpec, all, default_layout, layout};

@@ -1,0 +1,355 @@
+use lite_quant::{GroupSize, QuantizedLinear, Scheme};
+use rayon::prelude::*;
+use safetensors::Dtype;
+use serde_json::{Map, Value, json};
+
+use crate::bits::{pack_row, unpack_row, words};
+use crate::config::{boolean, integer, join, missing, names, object, unsupported, wrong};
+use crate::layout::{Layout, PackedTensor, TensorRef, TensorSpec};
+use crate::tensors::{
+    Dtypes, Reader, SCALE_DTYPES, WORD_DTYPES, check_symmetry, check_weight, decode_scales, dtype_of, encode_scales,
+    groups,
+};
+use crate::{ConfigFacts, PackError, ParsedConfig};
+
+/// The `pack-quantized` format of compressed-tensors, 2 to 8 bits, per group or per channel.
+///
+/// Codes are dense bit streams along K, zero points along N. The library stores signed values plus
+/// `2^(bits−1)`, which is exactly the unsigned code and zero point of [`QuantizedLinear`]. Zero points
+/// of a symmetric scheme are not stored: vLLM registers no parameter for them.
+pub(crate) struct CompressedTensors;
+
+const NAME: &str = "compressed-tensors";
+const FORMAT: &str = "pack-quantized";
+/// The release whose format is written; readers only look at it in messages.
+const VERSION: &str = "0.19.0";
+const SHAPE_DTYPES: Dtypes = (&[Dtype::I64, Dtype::I32], "I64 (or I32, as old releases wrote)");
+
+impl Layout for CompressedTensors {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn quant_method(&self) -> &'static str {
+        NAME
+    }
+
+    fn suffixes(&self) -> &'static [&'static str] {
+        &["weight_packed", "weight_scale", "weight_zero_point", "weight_shape"]
+    }
+
+    fn check(&self, scheme: &Scheme, n: usize, k: usize) -> Result<(), PackError> {
+        Dims::new(scheme, n, k).map(|_| ())
+    }
+
+    fn describe(&self, scheme: &Scheme, n: usize, k: usize) -> Result<Vec<TensorSpec>, PackError> {
+        let dims = Dims::new(scheme, n, k)?;
+        let mut specs = vec![
+            TensorSpec { suffix: "weight_packed", dtype: Dtype::I32, shape: vec![n, dims.row_words] },
+            TensorSpec { suffix: "weight_scale", dtype: dtype_of(scheme.scale_dtype), shape: vec![n, dims.groups] },
+        ];
+        if !scheme.symmetric {
+            let shape = vec![dims.zero_words, dims.groups];
+            specs.push(TensorSpec { suffix: "weight_zero_point", dtype: Dtype::I32, shape });
+        }
+        specs.push(TensorSpec { suffix: "weight_shape", dtype: Dtype::I64, shape: vec![2] });
+        Ok(specs)
+    }
+
+    fn pack(&self, weight: &QuantizedLinear) -> Result<Vec<PackedTensor>, PackError> {
+        let (scheme, n, k) = (&weight.scheme, weight.out_features, weight.in_features);
+        let specs = self.describe(scheme, n, k)?;
+        check_weight(weight)?;
+        let dims = Dims::new(scheme, n, k)?;
+        let mut packed = vec![0u8; n * dims.row_words * 4];
+        packed
+            .par_chunks_mut(dims.row_words * 4)
+            .zip(weight.codes.par_chunks(k))
+            .for_each(|(out, codes)| pack_row(codes, scheme.bits, out));
+        let scales = encode_scales(weight.scales.iter().copied(), scheme.scale_dtype, weight.scales.len());
+        let mut data = vec![packed, scales];
+        if !scheme.symmetric {
+            data.push(pack_zeros(&weight.zeros, n, scheme.bits, &dims));
+        }
+        data.push([n, k].iter().flat_map(|&dim| (dim as i64).to_le_bytes()).collect());
+        Ok(specs
+            .into_iter()
+            .zip(data)
+            .map(|(TensorSpec { suffix, dtype, shape }, data)| PackedTensor { suffix, dtype, shape, data })
+            .collect())
+    }
+
+    fn unpack<'a>(
+        &self,
+        scheme: &Scheme,
+        n: usize,
+        k: usize,
+        get: &dyn Fn(&str) -> Option<TensorRef<'a>>,
+    ) -> Result<QuantizedLinear, PackError> {
+        let dims = Dims::new(scheme, n, k)?;
+        refuse_meaning_changers(scheme, get)?;
+        let reader = Reader { layout: NAME, get };
+        check_shape(reader.tensor("weight_shape", SHAPE_DTYPES, &[2])?, n, k)?;
+        let packed = reader
+            .tensor("weight_packed", WORD_DTYPES, &[n, dims.row_words])
+            .map_err(|error| name_padded_packing(error, scheme.bits, k))?;
+        let scales = reader.tensor("weight_scale", SCALE_DTYPES, &[n, dims.groups])?;
+        let (scale_dtype, scales) = decode_scales("weight_scale", scales)?;
+        let zeros = if scheme.symmetric {
+            vec![scheme.middle_code(); n * dims.groups]
+        } else {
+            let zeros = reader.tensor("weight_zero_point", WORD_DTYPES, &[dims.zero_words, dims.groups])?;
+            unpack_zeros(zeros.data, n, scheme.bits, &dims)
+        };
+        check_symmetry("weight_zero_point", scheme, &zeros, dims.groups)?;
+        let mut codes = vec![0u8; n * k];
+        codes
+            .par_chunks_mut(k)
+            .zip(packed.data.par_chunks(dims.row_words * 4))
+            .for_each(|(codes, bytes)| unpack_row(bytes, scheme.bits, codes));
+        let scheme = Scheme { scale_dtype, ..*scheme };
+        Ok(QuantizedLinear { scheme, out_features: n, in_features: k, codes, scales, zeros })
+    }
+
+    fn quantization_config(&self, facts: &ConfigFacts) -> Value {
+        let scheme = &facts.scheme;
+        let (strategy, group_size) = match scheme.group_size {
+            GroupSize::Channel => ("channel", Value::Null),
+            GroupSize::Channels(width) => ("group", json!(width)),
+        };
+        // vLLM's head is not a `Linear`: it is quantized only if named.
+        let targets: Vec<&str> = std::iter::once("Linear").chain(facts.lm_head.as_deref()).collect();
+        json!({
+            "config_groups": {
+                "group_0": {
+                    "format": FORMAT,
+                    "input_activations": null,
+                    "output_activations": null,
+                    "targets": targets,
+                    "weights": {
+                        "actorder": null,
+                        "block_structure": null,
+                        "dynamic": false,
+                        "group_size": group_size,
+                        "num_bits": scheme.bits,
+                        "observer": null,
+                        "observer_kwargs": {},
+                        "strategy": strategy,
+                        "symmetric": scheme.symmetric,
+                        "type": "int",
+                    },
+                },
+            },
+            "format": FORMAT,
+            "global_compression_ratio": null,
+            "ignore": facts.ignored,
+            "kv_cache_scheme": null,
+            "quant_method": NAME,
+            "quantization_status": "compressed",
+            "sparsity_config": {},
+            "transform_config": {},
+            "version": VERSION,
+        })
+    }
+
+    fn parse_config(&self, config: &Map<String, Value>) -> Result<ParsedConfig, PackError> {
+        match config.get("quantization_status") {
+            None | Some(Value::Null) => {}
+            Some(Value::String(status)) if status == "compressed" => {}
+            Some(other) => return Err(unsupported("quantization_status", other, "\"compressed\"")),
+        }
+        for key in ["kv_cache_scheme", "sparsity_config", "transform_config"] {
+            nothing(config, "", key)?;
+        }
+        let groups = object(config, "", "config_groups")?;
+        let (group, path) = match groups.iter().next() {
+            Some((name, Value::Object(group))) if groups.len() == 1 => (group, join("config_groups", name)),
+            Some((name, other)) if groups.len() == 1 => {
+                return Err(unsupported(&join("config_groups", name), other, "a group with its own `weights`"));
+            }
+            _ => return Err(unsupported("config_groups", &json!(groups.len()), "exactly one group")),
+        };
+        for key in ["input_activations", "output_activations"] {
+            nothing(group, &path, key)?;
+        }
+        // A group's own format wins over the common one.
+        let common = config.get("format").map(|format| ("format".to_owned(), format));
+        let own = group.get("format").filter(|own| !own.is_null()).map(|own| (join(&path, "format"), own));
+        match own.or(common) {
+            Some((_, Value::String(format))) if format == FORMAT => {}
+            Some((key, other)) => return Err(unsupported(&key, other, "\"pack-quantized\"")),
+            None => return Err(missing("format", "\"pack-quantized\"")),
+        }
+        let weights = object(group, &path, "weights")?;
+        let scheme = parse_weights(weights, &join(&path, "weights"))?;
+        Ok(ParsedConfig { scheme, ignored: names(config, "ignore")? })
+    }
+}
+
+/// Reads the `weights` of a group. Absent keys have the library's defaults.
+fn parse_weights(weights: &Map<String, Value>, path: &str) -> Result<Scheme, PackError> {
+    match weights.get("type") {
+        None => {}
+        Some(Value::String(kind)) if kind.eq_ignore_ascii_case("int") => {}
+        Some(other) => return Err(unsupported(&join(path, "type"), other, "\"int\"")),
+    }
+    match weights.get("actorder") {
+        None | Some(Value::Null | Value::Bool(false)) => {}
+        // These reorder columns while solving only; the stored order is the natural one.
+        Some(Value::String(order)) if order == "weight" || order == "static" => {}
+        Some(other) => return Err(unsupported(&join(path, "actorder"), other, "null, \"weight\" or \"static\"")),
+    }
+    if boolean(weights, path, "dynamic", Some(false))? {
+        return Err(unsupported(&join(path, "dynamic"), &json!(true), "false"));
+    }
+    let key = join(path, "group_size");
+    let group_size = match weights.get("group_size") {
+        None | Some(Value::Null) => None,
+        Some(value) => Some(value.as_i64().ok_or_else(|| wrong(&key, value, "an integer or null"))?),
+    };
+    let strategy = match (weights.get("strategy"), group_size) {
+        (Some(Value::String(strategy)), _) => strategy.to_ascii_lowercase(),
+        (Some(Value::Null) | None, Some(-1)) => "channel".to_owned(),
+        (Some(Value::Null) | None, Some(_)) => "group".to_owned(),
+        (Some(Value::Null) | None, None) => "tensor".to_owned(),
+        (Some(other), _) => return Err(wrong(&join(path, "strategy"), other, "a string")),
+    };
+    let group_size = match (strategy.as_str(), group_size) {
+        ("channel", None | Some(-1)) => -1,
+        ("group", Some(width)) if width > 0 => width,
+        ("channel" | "group", found) => {
+            let wanted = "a positive number for groups, null or -1 for channels";
+            return Err(wrong(&key, &json!(found), wanted));
+        }
+        (other, _) => return Err(unsupported(&join(path, "strategy"), &json!(other), "\"group\" or \"channel\"")),
+    };
+    let symmetric = boolean(weights, path, "symmetric", Some(true))?;
+    let bits = integer(weights, path, &["num_bits"])?;
+    Ok(Scheme::new(bits, group_size, symmetric, ParsedConfig::UNKNOWN_SCALE_DTYPE)?)
+}
+
+/// Refuses a value that is neither absent, null nor an empty object.
+fn nothing(config: &Map<String, Value>, path: &str, key: &str) -> Result<(), PackError> {
+    match config.get(key) {
+        None | Some(Value::Null) => Ok(()),
+        Some(Value::Object(empty)) if empty.is_empty() => Ok(()),
+        Some(other) => Err(unsupported(&join(path, key), other, "null")),
+    }
+}
+
+/// Sizes of the packed tensors.
+struct Dims {
+    groups: usize,
+    /// Words in a row of codes.
+    row_words: usize,
+    /// Words in a column of zero points.
+    zero_words: usize,
+}
+
+impl Dims {
+    fn new(scheme: &Scheme, n: usize, k: usize) -> Result<Self, PackError> {
+        let groups = groups(NAME, scheme, n, k)?;
+        let too_large = PackError::TooLarge { n, k };
+        let sizes = words(k, scheme.bits).zip(words(n, scheme.bits)).filter(|&(row_words, zero_words)| {
+            let fits = |a: usize, b: usize| a.checked_mul(b).and_then(|all| all.checked_mul(4)).is_some();
+            fits(n, row_words) && fits(zero_words, groups)
+        });
+        let (row_words, zero_words) = sizes.ok_or(too_large)?;
+        Ok(Self { groups, row_words, zero_words })
+    }
+}
+
+/// `[n, G]` zero points as words `[⌈n·b/32⌉, G]`, each column a dense stream along N.
+fn pack_zeros(zeros: &[u8], n: usize, bits: u8, dims: &Dims) -> Vec<u8> {
+    let mut out = vec![0u8; dims.zero_words * dims.groups * 4];
+    for group in 0..dims.groups {
+        let column: Vec<u8> = (0..n).map(|row| zeros[row * dims.groups + group]).collect();
+        let mut stream = vec![0u8; dims.zero_words * 4];
+        pack_row(&column, bits, &mut stream);
+        for (row, word) in stream.chunks_exact(4).enumerate() {
+            out[(row * dims.groups + group) * 4..][..4].copy_from_slice(word);
+        }
+    }
+    out
+}
+
+/// The inverse of [`pack_zeros`], of `4 · ⌈n·b/32⌉ · G` bytes.
+fn unpack_zeros(data: &[u8], n: usize, bits: u8, dims: &Dims) -> Vec<u8> {
+    let mut out = vec![0u8; n * dims.groups];
+    let mut column = vec![0u8; n];
+    for group in 0..dims.groups {
+        let stream: Vec<u8> =
+            (0..dims.zero_words).flat_map(|row| &data[(row * dims.groups + group) * 4..][..4]).copied().collect();
+        unpack_row(&stream, bits, &mut column);
+        for (row, &zero) in column.iter().enumerate() {
+            out[row * dims.groups + group] = zero;
+        }
+    }
+    out
+}
+
+/// Refuses tensors that say the others mean something else.
+fn refuse_meaning_changers<'a>(scheme: &Scheme, get: &dyn Fn(&str) -> Option<TensorRef<'a>>) -> Result<(), PackError> {
+    let unexpected = |suffix, why| Err(PackError::Unexpected { layout: NAME, suffix, why });
+    if get("weight_g_idx").is_some() {
+        return unexpected("weight_g_idx", "reordered groups (`actorder: group`) are not read; quantize again without");
+    }
+    if scheme.symmetric && get("weight_zero_point").is_some() {
+        return unexpected("weight_zero_point", "a symmetric scheme has none; `symmetric` in the config is wrong");
+    }
+    Ok(())
+}
+
+/// Checks that `weight_shape` says `[n, k]`.
+fn check_shape(tensor: TensorRef<'_>, n: usize, k: usize) -> Result<(), PackError> {
+    // Two elements; the reader has checked the length.
+    for (column, (bytes, wanted)) in tensor.data.chunks_exact(tensor.data.len() / 2).zip([n, k]).enumerate() {
+        let found = match *bytes {
+            [a, b, c, d] => i64::from(i32::from_le_bytes([a, b, c, d])),
+            [a, b, c, d, e, f, g, h] => i64::from_le_bytes([a, b, c, d, e, f, g, h]),
+            _ => -1,
+        };
+        if usize::try_from(found) != Ok(wanted) {
+            let (what, found) = ("weight_shape", found.to_string());
+            return Err(PackError::Value { what, found, row: 0, column, wanted: wanted.to_string() });
+        }
+    }
+    Ok(())
+}
+
+/// Before it packed densely, the library put `⌊32/b⌋` codes in a word and left the rest empty.
+fn name_padded_packing(error: PackError, bits: u8, k: usize) -> PackError {
+    match &error {
+        PackError::TensorShape { suffix, found, wanted } => match (found.as_slice(), wanted.as_slice()) {
+            (&[rows, found], &[n, wanted]) if rows == n && found == k.div_ceil(32 / usize::from(bits)) => {
+                PackError::PaddedPacking { suffix, bits, found, wanted }
+            }
+            _ => error,
+        },
+        _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The zero-point column −8..7 of compressed-tensors 0.20: `[16, 1]` becomes `[2, 1]`.
+    #[test]
+    fn zero_points_are_packed_along_n() {
+        let zeros: Vec<u8> = (0..16).collect();
+        let dims = Dims { groups: 1, row_words: 0, zero_words: 2 };
+        let packed = pack_zeros(&zeros, 16, 4, &dims);
+        assert_eq!(packed, [0x7654_3210u32.to_le_bytes(), 0xfedc_ba98u32.to_le_bytes()].concat());
+        assert_eq!(unpack_zeros(&packed, 16, 4, &dims), zeros);
+    }
+
+    #[test]
+    fn padded_packing_is_named() {
+        let shape =
+            |found| PackError::TensorShape { suffix: "weight_packed", found: vec![4, found], wanted: vec![4, 12] };
+        let named = PackError::PaddedPacking { suffix: "weight_packed", bits: 3, found: 13, wanted: 12 };
+        assert_eq!(name_padded_packing(shape(13), 3, 128), named);
+        assert_eq!(name_padded_packing(shape(14), 3, 128), shape(14));
+    }
+}

@@ -1,0 +1,138 @@
+//! `quantization_config` in `config.json`: what a layout is told to write, and reading it back.
+
+use lite_quant::{ScaleDtype, Scheme};
+use serde_json::{Map, Value};
+
+use crate::{Layout, PackError, all};
+
+/// What a layout needs to know to write its `quantization_config`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigFacts {
+    /// The scheme of every quantized linear.
+    pub scheme: Scheme,
+    /// Full module name of **every** linear that is not quantized: the head, routers, vision towers.
+    /// Engines match a class name by substring and would take an unlisted one for quantized.
+    pub ignored: Vec<String>,
+    /// Full module name of the output head if it is quantized, which vLLM has to be told.
+    pub lm_head: Option<String>,
+}
+
+/// What a `quantization_config` says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParsedConfig {
+    /// Bits, group size and symmetry. The config does not tell the type of the scales:
+    /// `scale_dtype` is [`ParsedConfig::UNKNOWN_SCALE_DTYPE`] until a layer is unpacked.
+    pub scheme: Scheme,
+    /// Module names, or patterns of foreign tools, that are not quantized.
+    pub ignored: Vec<String>,
+}
+
+impl ParsedConfig {
+    /// Stands in [`ParsedConfig::scheme`] for the type that only the tensors know.
+    pub const UNKNOWN_SCALE_DTYPE: ScaleDtype = ScaleDtype::F16;
+}
+
+/// Where wrapper models keep the config of their language model.
+const INNER_CONFIGS: [&str; 3] = ["text_config", "llm_config", "language_config"];
+
+/// Finds the layout of a checkpoint from its whole `config.json`; `None` if it is not quantized.
+///
+/// `quantization_config` is looked for at the top, then in the language model's own config
+/// (`text_config`, `llm_config`, `language_config`), as engines do.
+///
+/// # Errors
+/// [`PackError::UnsupportedConfig`] for an unknown `quant_method` or an option that is not read,
+/// [`PackError::Config`] for a key that is missing or has the wrong type.
+pub fn detect(config: &Map<String, Value>) -> Result<Option<(&'static dyn Layout, ParsedConfig)>, PackError> {
+    let inner = INNER_CONFIGS.iter().filter_map(|key| config.get(*key)?.as_object());
+    let found = std::iter::once(config)
+        .chain(inner)
+        .find_map(|config| config.get("quantization_config").filter(|value| !value.is_null()));
+    let Some(value) = found else { return Ok(None) };
+    let Value::Object(quantization) = value else {
+        return Err(wrong("quantization_config", value, "an object"));
+    };
+    let wanted = || all().iter().map(|layout| format!("{:?}", layout.quant_method())).collect::<Vec<_>>().join(" or ");
+    match quantization.get("quant_method") {
+        Some(Value::String(method)) => match all().iter().find(|layout| layout.quant_method() == method) {
+            Some(layout) => Ok(Some((*layout, layout.parse_config(quantization)?))),
+            None => Err(unsupported("quant_method", &Value::String(method.clone()), &wanted())),
+        },
+        Some(other) => Err(wrong("quant_method", other, &wanted())),
+        None => Err(missing("quant_method", &wanted())),
+    }
+}
+
+/// `path.key`, or `key` at the top.
+pub(crate) fn join(path: &str, key: &str) -> String {
+    if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
+}
+
+/// A value as a message shows it: at most 80 characters.
+fn shown(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(80) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
+pub(crate) fn missing(key: &str, wanted: &str) -> PackError {
+    PackError::Config { key: key.to_owned(), found: "missing".to_owned(), wanted: wanted.to_owned() }
+}
+
+pub(crate) fn wrong(key: &str, found: &Value, wanted: &str) -> PackError {
+    PackError::Config { key: key.to_owned(), found: shown(found), wanted: wanted.to_owned() }
+}
+
+pub(crate) fn unsupported(key: &str, found: &Value, wanted: &str) -> PackError {
+    PackError::UnsupportedConfig { key: key.to_owned(), found: shown(found), wanted: wanted.to_owned() }
+}
+
+/// The integer under the first of `keys` that is present.
+pub(crate) fn integer(config: &Map<String, Value>, path: &str, keys: &[&str]) -> Result<i64, PackError> {
+    for key in keys {
+        if let Some(value) = config.get(*key) {
+            return value.as_i64().ok_or_else(|| wrong(&join(path, key), value, "an integer"));
+        }
+    }
+    Err(missing(&join(path, keys.first().copied().unwrap_or_default()), "an integer"))
+}
+
+/// A boolean, or `default` if the key is absent.
+pub(crate) fn boolean(
+    config: &Map<String, Value>,
+    path: &str,
+    key: &str,
+    default: Option<bool>,
+) -> Result<bool, PackError> {
+    match (config.get(key), default) {
+        (Some(value), _) => value.as_bool().ok_or_else(|| wrong(&join(path, key), value, "true or false")),
+        (None, Some(default)) => Ok(default),
+        (None, None) => Err(missing(&join(path, key), "true or false")),
+    }
+}
+
+pub(crate) fn object<'c>(
+    config: &'c Map<String, Value>,
+    path: &str,
+    key: &str,
+) -> Result<&'c Map<String, Value>, PackError> {
+    match config.get(key) {
+        Some(Value::Object(object)) => Ok(object),
+        Some(other) => Err(wrong(&join(path, key), other, "an object")),
+        None => Err(missing(&join(path, key), "an object")),
+    }
+}
+
+/// A list of strings; absent and null are empty.
+pub(crate) fn names(config: &Map<String, Value>, key: &str) -> Result<Vec<String>, PackError> {
+    match config.get(key) {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(Value::Array(list)) => list
+            .iter()
+            .map(|name| name.as_str().map(str::to_owned).ok_or_else(|| wrong(key, name, "a list of strings")))
+            .collect(),
+        Some(other) => Err(wrong(key, other, "a list of strings")),
+    }
+}
