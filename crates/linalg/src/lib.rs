@@ -3,8 +3,10 @@
 //! Every result is independent of the number of threads: work is cut by shape alone, and each
 //! element is summed in one fixed order.
 
+mod fold;
 mod gram;
 mod product;
 
+pub use fold::{scale_columns, unscale_gram};
 pub use gram::{gram_update, mirror_lower};
 pub use product::{Mat, Threads, dot, gemm, gemm_into};
