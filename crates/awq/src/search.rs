@@ -1,5 +1,6 @@
 //! The search over candidate scales.
 
+use lite_linalg::{scale_columns, unscale_gram};
 use lite_quant::{QuantError, Range, RangeContext, Scheme, gram_loss, quantize_nearest};
 use rayon::prelude::*;
 use thiserror::Error;
@@ -149,31 +150,6 @@ impl RowSample {
         back.par_chunks_mut(k.max(1)).for_each(|row| row.iter_mut().zip(scales).for_each(|(v, s)| *v /= s));
         Ok(gram_loss(&self.rows, &back, problem.gram, n, k))
     }
-}
-
-/// `W · diag(s)`.
-fn scale_columns(weight: &[f32], scales: &[f32]) -> Vec<f32> {
-    let k = scales.len().max(1);
-    let mut out = vec![0f32; weight.len()];
-    out.par_chunks_mut(k).zip(weight.par_chunks(k)).for_each(|(out, row)| {
-        for ((o, w), s) in out.iter_mut().zip(row).zip(scales) {
-            *o = w * s;
-        }
-    });
-    out
-}
-
-/// `G / (s sᵀ)`: the Gram matrix of `x / s`.
-fn unscale_gram(gram: &[f32], scales: &[f32]) -> Vec<f32> {
-    let k = scales.len().max(1);
-    let inverse: Vec<f32> = scales.iter().map(|s| 1.0 / s).collect();
-    let mut out = vec![0f32; gram.len()];
-    out.par_chunks_mut(k).zip(gram.par_chunks(k)).zip(&inverse).for_each(|((out, row), i)| {
-        for ((o, g), j) in out.iter_mut().zip(row).zip(&inverse) {
-            *o = g * i * j;
-        }
-    });
-    out
 }
 
 #[cfg(test)]

@@ -1,1 +1,42 @@
-//! Work in progress.
+//! Decoders as data: `config.json` becomes a [`DecoderSpec`], and one generic [`Block`] forward runs
+//! any of them, one block in memory at a time.
+//!
+//! ```text
+//! config.json ─► DecoderSpec ─► sites (every linear), folds (exact rescalings), tensors (what is read)
+//!                     │
+//! token windows ─► Embedding ─► Block 0 ─► … ─► Block n−1 ─► Head ─► logits
+//!                                 └─ Tap: the input of every linear
+//! ```
+//!
+//! No family has code of its own: a family is a row of [`FAMILIES`]. Shapes are written `(windows, tokens,
+//! hidden)` for activations and `[out, in]` for weights; everything is f32. On the CPU all work is cut by
+//! shape alone, so results do not depend on the number of threads.
+//!
+//! This crate knows nothing about quantization, files' bytes or calibration data.
+#![forbid(unsafe_code)]
+
+mod attention;
+mod block;
+mod embedding;
+mod error;
+mod head;
+mod kernels;
+mod ops;
+mod rope;
+mod source;
+mod spec;
+mod tap;
+
+pub use block::Block;
+pub use embedding::Embedding;
+pub use error::{DecoderError, ErrorKind};
+pub use head::{FinalNorm, Head};
+pub use ops::with_cpu_slice;
+pub use rope::Rope;
+pub use source::{CheckpointSource, WeightSource};
+pub use spec::{
+    Activation, AttnSpec, BlockNorms, BlockSpec, DecoderSpec, EmbedSpec, FAMILIES, FamilyInfo, Fold, GateUpLayout,
+    GatedSpec, GqaSpec, HeadSpec, InputId, MlpSpec, NormKind, NormSpec, Producer, QkvLayout, Role, RopeScaling,
+    RopeSpec, Site, SiteId, Stream, TensorNeed,
+};
+pub use tap::{NoTap, Tap};

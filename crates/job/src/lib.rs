@@ -1,1 +1,39 @@
-//! Work in progress.
+//! From a recipe to a checkpoint: plan, run, check, commit.
+//!
+//! ```text
+//! Recipe ─► Plan ─► per block: read ─► calibrate ─► fold ─► solve ─► pack ─► write ─► check ─► commit
+//! ```
+//!
+//! One decoder block is in memory at a time. Nothing appears under its final name before the output
+//! was reopened and compared with what was solved; `config.json` comes last. This crate prints
+//! nothing: it sends [`Event`]s to an [`Observer`].
+#![forbid(unsafe_code)]
+
+mod bench;
+mod check;
+mod error;
+mod estimate;
+mod events;
+mod fold;
+mod hidden;
+mod layer;
+mod locate;
+mod passthrough;
+mod plan;
+mod recipe;
+mod run;
+mod source;
+mod tensors;
+mod workdir;
+
+pub use bench::measured_gemm_rate;
+pub use check::{CheckReport, SiteReport};
+pub use error::{ErrorKind, JobError};
+pub use estimate::{MemoryEstimate, Work};
+pub use events::{Event, Observer, Silent};
+pub use locate::{HubFetcher, locate_model};
+pub use plan::{Plan, prepare};
+pub use recipe::{CalibSettings, DeviceChoice, DtypeChoice, EvalSettings, Method, Recipe};
+pub use run::{RunReport, run};
+pub use tensors::{Action, QuantSite, TensorPlan};
+pub use workdir::WorkDir;

@@ -34,6 +34,15 @@ pub struct OutputTensor {
     pub shape: Vec<usize>,
 }
 
+impl OutputTensor {
+    /// Bytes of its data; saturating, since a shape that large cannot be written anyway.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let elements = self.shape.iter().fold(1u64, |n, &dim| n.saturating_mul(dim as u64));
+        elements.saturating_mul(self.dtype.bitsize() as u64).div_ceil(8)
+    }
+}
+
 /// What a finished writer leaves behind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Written {

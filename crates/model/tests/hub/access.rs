@@ -249,6 +249,7 @@ fn names_given_by_the_user_are_checked_before_any_request() {
     assert!(matches!(file("o/d", "../..", "a"), HubError::BadRevision { .. }));
     assert!(matches!(file("o/d", "main", "../a"), HubError::BadName { .. }));
     assert!(matches!(list_repo("a/b/c", RepoType::Model, "main", &options, &Silent), Err(HubError::BadId { .. })));
+    assert!(matches!(fetch_model("a--b/c", &options, &Silent), Err(HubError::BadId { .. })));
     options.revision = Some("a/../../b".to_owned());
     assert!(matches!(fetch_model("o/r", &options, &Silent), Err(HubError::BadRevision { .. })));
     options.revision = None;

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lite_model::hub::{HubError, HubErrorKind, HubProgress, Silent, fetch_model};
 
@@ -66,14 +66,19 @@ fn progress_renews_the_tries_and_standing_still_does_not() {
     assert!(fs::read(folder.join(SHARD)).unwrap() == repository.content(SHARD));
     assert_eq!(server.gets(SHARD).len(), (10usize << 20).div_ceil(1_200_000));
 
-    // Always from the beginning, always cut: three tries.
+    // Always from the beginning, always cut before anything new: three tries, then the one that would succeed is late.
     let cache = tempfile::tempdir().unwrap();
     let server = repository.serve({
         let repository = repository.clone();
         move |seen| {
-            let mut seen = seen.clone();
-            seen.headers.clear();
-            seen.path.ends_with(SHARD).then(|| repository.answer(&seen).cut(2 << 20))
+            let mut plain = seen.clone();
+            plain.headers.clear();
+            let reply = repository.answer(&plain);
+            seen.path.ends_with(SHARD).then(|| match seen.nth {
+                20.. => reply,
+                n if n % 2 == 0 => reply.cut(2 << 20),
+                _ => reply.cut(100),
+            })
         }
     });
     let error = fetch_model("org/name", &options(&server, cache.path()), &Silent).unwrap_err();
@@ -102,7 +107,7 @@ fn a_server_without_ranges_sends_everything_again() {
 
 #[test]
 fn wrong_ranges_begin_again() {
-    for (status, range) in [(206, "bytes 0-9/10"), (206, "nonsense"), (416, "bytes */10")] {
+    for (status, range) in [(206, "bytes 0-9/60000"), (206, "bytes 0-9/*"), (206, "nonsense"), (416, "bytes */10")] {
         let cache = tempfile::tempdir().unwrap();
         let repository = Repository::model(90_000);
         let server = repository.serve({
@@ -168,4 +173,27 @@ fn a_download_stops_on_request() {
     // And the next run goes on there.
     fetch_model("org/name", &options, &Silent).unwrap();
     assert_eq!(server.gets(SHARD)[1].from() as u64, kept);
+}
+
+#[test]
+fn an_error_stops_the_other_downloads() {
+    let cache = tempfile::tempdir().unwrap();
+    let repository = Repository::model(90_000);
+    let server = repository.serve({
+        let repository = repository.clone();
+        move |seen| {
+            let mut reply = repository.answer(seen);
+            if seen.path.ends_with(SHARD) {
+                reply.body[0] ^= 1;
+            } else if seen.path.ends_with(".safetensors") {
+                // Half a minute.
+                reply.drip = Duration::from_millis(1);
+            }
+            Some(reply)
+        }
+    });
+    let start = Instant::now();
+    let error = fetch_model("org/name", &options(&server, cache.path()), &Silent).unwrap_err();
+    assert!(matches!(error, HubError::WrongHash { .. }), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
 }

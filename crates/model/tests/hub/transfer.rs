@@ -246,3 +246,51 @@ fn a_renamed_repository_is_followed_with_the_token() {
     assert_eq!(fs::read(file).unwrap(), b"text");
     assert!(server.seen().iter().all(|seen| seen.header("authorization").is_some()));
 }
+
+#[test]
+fn a_large_file_is_described_by_the_hub_and_sent_by_a_storage_host() {
+    let repository = Repository::default().add_large("a.parquet", b"columns");
+    let content = repository.content("a.parquet").to_vec();
+    let storage = Server::start(move |_| Reply::new(200, content.clone()).with("ETag", "\"another\""));
+    let location = format!("{}/signed", storage.url());
+    for linked_size in [true, false] {
+        let hash = sha256(b"columns");
+        let location = location.clone();
+        let hub = Server::start(move |_| {
+            // The length is that of the redirect.
+            let reply = Reply::new(302, "Found")
+                .with("Location", location.clone())
+                .with("X-Repo-Commit", COMMIT)
+                .with("X-Linked-Etag", format!("\"{hash}\""));
+            if linked_size { reply.with("X-Linked-Size", "7") } else { reply }
+        });
+        let cache = tempfile::tempdir().unwrap();
+        let options = options(&hub, cache.path());
+        match fetch_file("o/d", RepoType::Dataset, "main", "a.parquet", &options, &Silent) {
+            Ok(file) => {
+                assert!(linked_size);
+                assert_eq!(fs::read(&file).unwrap(), b"columns");
+                assert!(fs::read_link(&file).unwrap().ends_with(sha256(b"columns")));
+            }
+            Err(error) => assert!(!linked_size && matches!(error, HubError::NotAHub { .. }), "{error}"),
+        }
+        assert_eq!(storage.seen().len(), 1, "only the content is asked for there");
+        assert_eq!(storage.seen()[0].method, "GET");
+    }
+}
+
+#[test]
+fn two_at_once_download_every_file_once() {
+    let cache = tempfile::tempdir().unwrap();
+    let repository = Repository::model(2 << 20);
+    let server = repository.serve(|_| None);
+    let options = options(&server, cache.path());
+    let folders: Vec<_> = std::thread::scope(|scope| {
+        let runs: Vec<_> =
+            (0..2).map(|_| scope.spawn(|| fetch_model("org/name", &options, &Silent).unwrap())).collect();
+        runs.into_iter().map(|run| run.join().unwrap()).collect()
+    });
+    assert_eq!(folders[0], folders[1]);
+    assert_eq!(server.gets("").len(), 6);
+    assert!(fs::read(folders[0].join(SHARD)).unwrap() == repository.content(SHARD));
+}

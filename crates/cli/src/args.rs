@@ -1,0 +1,265 @@
+//! The command line. Flags that LMDeploy has keep their names, defaults and meaning, so that users change one word.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Quantize LLM checkpoints offline: one binary, no Python, no GPU needed.
+#[derive(Debug, Parser)]
+#[command(name = "lite", version, about, max_term_width = 110)]
+pub(crate) struct Cli {
+    /// How results and progress are printed; `json` gives one event per line and a summary
+    #[arg(long, global = true, value_enum, default_value_t = Format::Auto)]
+    pub(crate) format: Format,
+
+    /// Threads to use; by default one per core
+    #[arg(long, global = true, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Quantize weights with activation-aware scales (AWQ)
+    #[command(name = "auto_awq", visible_alias = "auto-awq")]
+    AutoAwq(Box<QuantizeArgs>),
+
+    /// Show what a run would do and cost, and run nothing
+    Plan(Box<QuantizeArgs>),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// Human, with progress bars on a terminal
+    Auto,
+    /// Text
+    Human,
+    /// JSON lines on standard output
+    Json,
+    /// Only the path of the result
+    Quiet,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Dtype {
+    /// What the checkpoint has; float16 for a float32 checkpoint
+    Auto,
+    #[value(alias = "fp16", alias = "half")]
+    Float16,
+    #[value(alias = "bf16")]
+    Bfloat16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Device {
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Range {
+    /// Shrink each group's range to what gives the least output error
+    Search,
+    /// The smallest and largest weight of each group
+    Minmax,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct QuantizeArgs {
+    /// A model folder (config.json and safetensors), or a hub id such as `Qwen/Qwen3-8B`
+    pub(crate) model: String,
+
+    /// Where the quantized checkpoint appears
+    #[arg(long, default_value = "./work_dir", value_name = "DIR")]
+    pub(crate) work_dir: PathBuf,
+
+    /// Replace a checkpoint that is already in the work directory
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+
+    #[command(flatten)]
+    pub(crate) weights: WeightArgs,
+
+    #[command(flatten)]
+    pub(crate) calib: CalibArgs,
+
+    #[command(flatten)]
+    pub(crate) check: CheckArgs,
+
+    #[command(flatten)]
+    pub(crate) resources: ResourceArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Weights")]
+pub(crate) struct WeightArgs {
+    /// Bits per weight, 2 to 8
+    #[arg(long, default_value_t = 4, allow_negative_numbers = true, value_name = "BITS")]
+    pub(crate) w_bits: i64,
+
+    /// Symmetric codes: no zero points
+    #[arg(long)]
+    pub(crate) w_sym: bool,
+
+    /// Input channels that share a scale: 16, 32, 64, 128, 256, or -1 for a whole row
+    #[arg(long, default_value_t = 128, allow_negative_numbers = true, value_name = "SIZE")]
+    pub(crate) w_group_size: i64,
+
+    /// Search the AWQ scales by output error (this is the default)
+    #[arg(long, overrides_with = "no_search_scale")]
+    pub(crate) search_scale: bool,
+
+    /// Use the fixed ratio 0.5 on max |x| instead, as LMDeploy does by default
+    #[arg(long, overrides_with = "search_scale")]
+    pub(crate) no_search_scale: bool,
+
+    /// How the range of each group is chosen
+    #[arg(long, value_enum, default_value_t = Range::Search)]
+    pub(crate) range: Range,
+
+    /// Type of scales and plain tensors in the output
+    #[arg(long, value_enum, default_value_t = Dtype::Auto)]
+    pub(crate) dtype: Dtype,
+
+    /// Layout of the packed weights: `awq` or `compressed-tensors` [default: what the target or scheme asks for]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) layout: Option<String>,
+
+    /// Engine that must load the result: `vllm`, `turbomind`, `lmdeploy-pytorch` or `transformers`
+    #[arg(long, value_name = "ENGINE")]
+    pub(crate) target: Option<String>,
+
+    /// Tensor-parallel degree that the target will use
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub(crate) tp: usize,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Calibration")]
+pub(crate) struct CalibArgs {
+    /// wikitext2, ptb, c4, pileval, gsm8k, neuralmagic_calibration, open-platypus, openwebtext, ultrachat,
+    /// random, builtin, or a path (.txt, .jsonl, .json, .parquet, or a folder of them)
+    /// [default: wikitext2; the built-in corpus when offline]
+    #[arg(long, value_name = "NAME|PATH")]
+    pub(crate) calib_dataset: Option<String>,
+
+    /// Number of windows; 0 quantizes without data
+    #[arg(long, default_value_t = 128, allow_negative_numbers = true, value_name = "N")]
+    pub(crate) calib_samples: i64,
+
+    /// Tokens per window [default: 2048, or the model's maximum]
+    #[arg(long, allow_negative_numbers = true, value_name = "TOKENS")]
+    pub(crate) calib_seqlen: Option<i64>,
+
+    /// Seed of all random draws
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+
+    /// Windows per forward pass [default: about 4096 tokens]
+    #[arg(long, value_name = "N")]
+    pub(crate) batch_size: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Final check")]
+pub(crate) struct CheckArgs {
+    /// Text the result is compared with the original on, a path or a dataset name [default: built-in held-out text]
+    #[arg(long, value_name = "NAME|PATH")]
+    pub(crate) eval_dataset: Option<String>,
+
+    /// Windows of that text; 0 compares the files only
+    #[arg(long, default_value_t = 16, value_name = "N")]
+    pub(crate) eval_samples: usize,
+
+    /// Tokens per window [default: as --calib-seqlen, at most 512]
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) eval_seqlen: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Model files and resources")]
+pub(crate) struct ResourceArgs {
+    /// Branch, tag or commit of a hub model
+    #[arg(long, value_name = "REV")]
+    pub(crate) revision: Option<String>,
+
+    /// Where hub files are kept [default: the Hugging Face cache]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) download_dir: Option<PathBuf>,
+
+    /// Where the model runs
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    pub(crate) device: Device,
+
+    /// Largest weight file, such as 5GB or 500MB
+    #[arg(long, default_value = "5GB", value_parser = bytes, value_name = "SIZE")]
+    pub(crate) max_shard_size: u64,
+
+    /// Memory budget, such as 16GB; hidden states go to a file when they would not fit
+    #[arg(long, value_parser = bytes, value_name = "SIZE")]
+    pub(crate) max_memory: Option<u64>,
+
+    /// Accepted for compatibility: no model here needs remote code, and none is ever run
+    #[arg(long, hide = true)]
+    pub(crate) trust_remote_code: bool,
+}
+
+/// Reads `5GB`, `500 MB`, `2GiB`, `1000000`.
+fn bytes(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor: f64 = match unit.trim().to_ascii_uppercase().as_str() {
+        "" | "B" => 1.0,
+        "KB" | "K" => 1e3,
+        "MB" | "M" => 1e6,
+        "GB" | "G" => 1e9,
+        "TB" | "T" => 1e12,
+        "KIB" => 1024.0,
+        "MIB" => 1024.0 * 1024.0,
+        "GIB" => 1024.0 * 1024.0 * 1024.0,
+        other => return Err(format!("`{other}` is no unit of size; use KB, MB, GB, KiB, MiB or GiB")),
+    };
+    let value = number.parse::<f64>().map_err(|_| format!("`{text}` is no size; write it like 5GB"))? * factor;
+    if value < 1.0 || value > u64::MAX as f64 / 2.0 {
+        return Err(format!("`{text}` is not a usable size"));
+    }
+    Ok(value as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_read() {
+        for (text, wanted) in [("5GB", 5_000_000_000), ("500 MB", 500_000_000), ("2GiB", 2 << 30), ("123", 123), ("1.5k", 1500)] {
+            assert_eq!(bytes(text), Ok(wanted), "{text}");
+        }
+        for bad in ["", "GB", "-5GB", "5XB", "0", "1e30TB"] {
+            assert!(bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_later_of_two_opposite_flags_wins() {
+        let parse = |flags: &[&str]| {
+            let args = ["lite", "auto_awq", "m"].iter().chain(flags);
+            let Command::AutoAwq(args) = Cli::try_parse_from(args).unwrap().command else { panic!("not auto_awq") };
+            !args.weights.no_search_scale
+        };
+        assert!(parse(&[]));
+        assert!(parse(&["--search-scale"]));
+        assert!(!parse(&["--search-scale", "--no-search-scale"]));
+        assert!(parse(&["--no-search-scale", "--search-scale"]));
+    }
+}

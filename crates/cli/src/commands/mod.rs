@@ -1,0 +1,38 @@
+//! One module per subcommand.
+
+mod plan;
+mod quantize;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use anyhow::Context;
+
+use crate::args::{Cli, Command};
+
+/// Runs the subcommand.
+pub(crate) fn run(cli: &Cli) -> anyhow::Result<()> {
+    if let Some(threads) = cli.threads {
+        anyhow::ensure!(threads > 0, lite_job::JobError::Usage("--threads 0: give at least one thread".to_owned()));
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("cannot start the threads")?;
+    }
+    match &cli.command {
+        Command::AutoAwq(args) => quantize::run(args, cli.format),
+        Command::Plan(args) => plan::run(args, cli.format),
+    }
+}
+
+/// A flag that Ctrl-C and SIGTERM set; a second Ctrl-C ends the process at once.
+fn cancel_flag() -> anyhow::Result<Arc<AtomicBool>> {
+    static FLAG: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+    let flag = FLAG.get_or_init(Arc::default).clone();
+    let set = flag.clone();
+    ctrlc::set_handler(move || {
+        if set.swap(true, Ordering::Relaxed) {
+            #[allow(clippy::exit, reason = "the user insists; nothing under a final name is half written")]
+            std::process::exit(130);
+        }
+    })
+    .context("cannot listen for Ctrl-C")?;
+    Ok(flag)
+}

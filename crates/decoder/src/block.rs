@@ -1,0 +1,259 @@
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::attention::{Inputs, attention};
+use crate::{
+    AttnSpec, BlockSpec, DecoderError, DecoderSpec, InputId, MlpSpec, NormSpec, Role, Rope, Stream, Tap, WeightSource,
+    ops,
+};
+
+/// One decoder block with its weights, all f32 on one device.
+#[derive(Debug, Clone)]
+pub struct Block {
+    spec: BlockSpec,
+    hidden: usize,
+    device: Device,
+    linears: BTreeMap<Role, Linear>,
+    /// Norm weights by tensor name.
+    vectors: BTreeMap<String, Tensor>,
+}
+
+#[derive(Debug, Clone)]
+struct Linear {
+    module: String,
+    /// `[out, in]`
+    weight: Tensor,
+    /// `[out]`
+    bias: Option<Tensor>,
+}
+
+impl Block {
+    /// Reads block `index` of `spec`.
+    ///
+    /// # Errors
+    /// If there is no such block, a tensor cannot be read, or its shape is not the one in `spec`.
+    pub fn load(
+        spec: &DecoderSpec,
+        index: usize,
+        source: &dyn WeightSource,
+        device: &Device,
+    ) -> Result<Self, DecoderError> {
+        let block = spec.blocks.get(index).ok_or_else(|| {
+            DecoderError::input(format!("block {index} was asked for, the decoder has {}", spec.blocks.len()))
+        })?;
+        let mut linears = BTreeMap::new();
+        for site in &block.sites {
+            let weight = format!("{}.weight", site.module);
+            let weight = load(source, &weight, &[site.out_features, site.in_features], device)?;
+            let bias = format!("{}.bias", site.module);
+            let bias = if site.bias { Some(load(source, &bias, &[site.out_features], device)?) } else { None };
+            linears.insert(site.id.role, Linear { module: site.module.clone(), weight, bias });
+        }
+        let mut vectors = BTreeMap::new();
+        let mut vector = |norm: &NormSpec, width: usize| -> Result<(), DecoderError> {
+            vectors.insert(norm.weight.clone(), load_norm(source, norm, width, device)?);
+            Ok(())
+        };
+        vector(&block.norms.attn, spec.hidden)?;
+        vector(&block.norms.mlp, spec.hidden)?;
+        let AttnSpec::Gqa(attn) = &block.attn;
+        for norm in attn.q_norm.iter().chain(&attn.k_norm) {
+            vector(norm, attn.head_dim)?;
+        }
+        Ok(Self { spec: block.clone(), hidden: spec.hidden, device: device.clone(), linears, vectors })
+    }
+
+    /// What this block is.
+    pub fn spec(&self) -> &BlockSpec {
+        &self.spec
+    }
+
+    /// Where its weights are.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The weight `[out, in]` of a linear.
+    pub fn weight(&self, role: Role) -> Option<&Tensor> {
+        self.linears.get(&role).map(|linear| &linear.weight)
+    }
+
+    /// The bias `[out]` of a linear, if it has one.
+    pub fn bias(&self, role: Role) -> Option<&Tensor> {
+        self.linears.get(&role)?.bias.as_ref()
+    }
+
+    /// The weight of a norm by its tensor name.
+    pub fn vector(&self, tensor: &str) -> Option<&Tensor> {
+        self.vectors.get(tensor)
+    }
+
+    /// Replaces the weight of a linear.
+    ///
+    /// # Errors
+    /// If the block has no such linear, or `weight` is not f32 of the same shape.
+    pub fn set_weight(&mut self, role: Role, weight: Tensor) -> Result<(), DecoderError> {
+        let index = self.spec.index;
+        let linear = self.linears.get_mut(&role).ok_or_else(|| no_linear(index, role))?;
+        linear.weight = fit(&format!("{}.weight", linear.module), weight, &linear.weight)?;
+        Ok(())
+    }
+
+    /// Replaces the bias of a linear that has one.
+    ///
+    /// # Errors
+    /// If the block has no such linear or it has no bias, or `bias` is not f32 of the same shape.
+    pub fn set_bias(&mut self, role: Role, bias: Tensor) -> Result<(), DecoderError> {
+        let index = self.spec.index;
+        let linear = self.linears.get_mut(&role).ok_or_else(|| no_linear(index, role))?;
+        let name = format!("{}.bias", linear.module);
+        let old = linear.bias.as_ref().ok_or_else(|| DecoderError::tensor(&name, "this linear has no bias"))?;
+        linear.bias = Some(fit(&name, bias, old)?);
+        Ok(())
+    }
+
+    /// Replaces the weight of a norm by its tensor name.
+    ///
+    /// # Errors
+    /// If the block has no such norm, or `value` is not f32 of the same shape.
+    pub fn set_vector(&mut self, tensor: &str, value: Tensor) -> Result<(), DecoderError> {
+        let index = self.spec.index;
+        let old = self
+            .vectors
+            .get_mut(tensor)
+            .ok_or_else(|| DecoderError::tensor(tensor, format!("block {index} has no norm of this name")))?;
+        *old = fit(tensor, value, old)?;
+        Ok(())
+    }
+
+    /// Runs `x` `(windows, tokens, hidden)` through the block; every window starts at position 0 and sees
+    /// only itself. `tap` sees the input of every linear and changes nothing.
+    ///
+    /// # Errors
+    /// If `x` or `rope` do not fit, the device fails, or the tap does.
+    pub fn forward<T: Tap>(&self, x: &Tensor, rope: &Rope, tap: &mut T) -> Result<Tensor, DecoderError> {
+        let fits = matches!(x.dims(), &[windows, tokens, hidden]
+            if windows > 0 && tokens == rope.tokens() && hidden == self.hidden && x.dtype() == DType::F32);
+        if !fits {
+            return Err(DecoderError::input(format!(
+                "block {} was given {:?} {:?}, wanted F32 (windows, {}, {})",
+                self.spec.index,
+                x.dtype(),
+                x.dims(),
+                rope.tokens(),
+                self.hidden
+            )));
+        }
+        let (windows, tokens, hidden) = x.dims3()?;
+        let residual = x.reshape((windows * tokens, hidden))?.contiguous()?;
+        // Two functions, so that what attention needed is freed before the feed-forward allocates.
+        let residual = self.attention(residual, windows, rope, tap)?;
+        let out = self.feed_forward(&residual, tap)?;
+        Ok(out.reshape((windows, tokens, hidden))?)
+    }
+
+    /// `x + attn(norm(x))` for `x` `(windows·tokens, hidden)`.
+    fn attention<T: Tap>(
+        &self,
+        residual: Tensor,
+        windows: usize,
+        rope: &Rope,
+        tap: &mut T,
+    ) -> Result<Tensor, DecoderError> {
+        let AttnSpec::Gqa(attn) = &self.spec.attn;
+        let heads = {
+            let normed = self.norm(&residual, &self.spec.norms.attn)?;
+            tap.input(self.at(Stream::AttnIn), &normed)?;
+            let inputs = Inputs {
+                projections: &self.apply(Stream::AttnIn, &normed)?,
+                windows,
+                q_norm: self.head_norm(attn.q_norm.as_ref())?,
+                k_norm: self.head_norm(attn.k_norm.as_ref())?,
+            };
+            attention(&inputs, attn, rope)?
+        };
+        tap.input(self.at(Stream::AttnOut), &heads)?;
+        ops::add(&residual, &self.linear(Role::O, &heads)?)
+    }
+
+    /// `x + mlp(norm(x))` for `x` `(windows·tokens, hidden)`.
+    fn feed_forward<T: Tap>(&self, residual: &Tensor, tap: &mut T) -> Result<Tensor, DecoderError> {
+        let MlpSpec::Gated(mlp) = &self.spec.mlp;
+        let middle = {
+            let normed = self.norm(residual, &self.spec.norms.mlp)?;
+            tap.input(self.at(Stream::MlpIn), &normed)?;
+            let parts: Vec<Tensor> = self.apply(Stream::MlpIn, &normed)?.into_iter().map(|(_, out)| out).collect();
+            ops::gated(&parts, mlp.intermediate, mlp.activation)?
+        };
+        tap.input(self.at(Stream::MlpMid), &middle)?;
+        ops::add(residual, &self.linear(Role::Down, &middle)?)
+    }
+
+    fn at(&self, stream: Stream) -> InputId {
+        InputId { block: self.spec.index, stream }
+    }
+
+    fn norm(&self, x: &Tensor, norm: &NormSpec) -> Result<Tensor, DecoderError> {
+        ops::norm(x, norm, self.norm_weight(norm)?)
+    }
+
+    fn head_norm<'a>(&'a self, norm: Option<&'a NormSpec>) -> Result<Option<(&'a NormSpec, &'a Tensor)>, DecoderError> {
+        norm.map(|norm| Ok((norm, self.norm_weight(norm)?))).transpose()
+    }
+
+    fn norm_weight(&self, norm: &NormSpec) -> Result<&Tensor, DecoderError> {
+        self.vector(&norm.weight).ok_or_else(|| DecoderError::tensor(&norm.weight, "is not loaded"))
+    }
+
+    fn linear(&self, role: Role, x: &Tensor) -> Result<Tensor, DecoderError> {
+        let linear = self.linears.get(&role).ok_or_else(|| no_linear(self.spec.index, role))?;
+        ops::linear(x, &linear.weight, linear.bias.as_ref())
+    }
+
+    /// All linears that read `stream`, in order.
+    fn apply(&self, stream: Stream, x: &Tensor) -> Result<Vec<(Role, Tensor)>, DecoderError> {
+        let sites = self.spec.sites.iter().filter(|site| site.input.stream == stream);
+        sites.map(|site| Ok((site.id.role, self.linear(site.id.role, x)?))).collect()
+    }
+}
+
+fn no_linear(block: usize, role: Role) -> DecoderError {
+    DecoderError::input(format!("block {block} has no {role:?} linear"))
+}
+
+/// A tensor of `source`, which must have shape `wanted`.
+pub(crate) fn load(
+    source: &dyn WeightSource,
+    name: &str,
+    wanted: &[usize],
+    device: &Device,
+) -> Result<Tensor, DecoderError> {
+    let (found, values) = source.load(name)?;
+    if found != wanted {
+        return Err(DecoderError::tensor(name, format!("has shape {found:?}, wanted {wanted:?}")));
+    }
+    Ok(Tensor::from_vec(values, wanted, device)?)
+}
+
+/// The weight `[width]` of a norm.
+pub(crate) fn load_norm(
+    source: &dyn WeightSource,
+    norm: &NormSpec,
+    width: usize,
+    device: &Device,
+) -> Result<Tensor, DecoderError> {
+    match &norm.bias {
+        None => load(source, &norm.weight, &[width], device),
+        Some(bias) => Err(DecoderError::tensor(bias, "norms with a bias are not implemented")),
+    }
+}
+
+/// `new`, contiguous and on the device of `old`, if it can stand in for it.
+fn fit(name: &str, new: Tensor, old: &Tensor) -> Result<Tensor, DecoderError> {
+    if new.dtype() != DType::F32 || new.dims() != old.dims() {
+        let reason = format!("was given {:?} {:?}, wanted F32 {:?}", new.dtype(), new.dims(), old.dims());
+        return Err(DecoderError::tensor(name, reason));
+    }
+    Ok(new.to_device(old.device())?.contiguous()?)
+}

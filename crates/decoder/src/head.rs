@@ -1,0 +1,101 @@
+use candle_core::{Device, Tensor};
+
+use crate::block::{load, load_norm};
+use crate::{DecoderError, DecoderSpec, NormSpec, WeightSource, ops};
+
+/// The norm between the last block and the head.
+#[derive(Debug, Clone)]
+pub struct FinalNorm {
+    spec: NormSpec,
+    /// `[hidden]`
+    weight: Tensor,
+}
+
+impl FinalNorm {
+    /// Reads the norm's weight.
+    ///
+    /// # Errors
+    /// If it cannot be read or has another shape than `[hidden]`.
+    pub fn load(spec: &DecoderSpec, source: &dyn WeightSource, device: &Device) -> Result<Self, DecoderError> {
+        let weight = load_norm(source, &spec.final_norm, spec.hidden, device)?;
+        Ok(Self { spec: spec.final_norm.clone(), weight })
+    }
+
+    /// Normalises the last block's outputs, `(rows, hidden)`.
+    ///
+    /// # Errors
+    /// If `x` does not fit, or the device fails.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor, DecoderError> {
+        let ((_, hidden), wanted) = (x.dims2()?, self.weight.elem_count());
+        if hidden != wanted {
+            return Err(DecoderError::input(format!("the head was given rows of {hidden} values, wanted {wanted}")));
+        }
+        ops::norm(&x.contiguous()?, &self.spec, &self.weight)
+    }
+
+    /// The weight, `[hidden]`.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+}
+
+/// Final norm and head: hidden states to logits.
+#[derive(Debug, Clone)]
+pub struct Head {
+    norm: FinalNorm,
+    /// `[vocab, hidden]`
+    weight: Tensor,
+    /// `[vocab]`
+    bias: Option<Tensor>,
+}
+
+impl Head {
+    /// Reads the final norm and the head, which is the embedding if they are tied.
+    ///
+    /// # Errors
+    /// If a tensor cannot be read or has another shape than `spec` says.
+    pub fn load(spec: &DecoderSpec, source: &dyn WeightSource, device: &Device) -> Result<Self, DecoderError> {
+        let bias = spec.head.bias.as_ref().map(|bias| load(source, bias, &[spec.vocab], device)).transpose()?;
+        Ok(Self {
+            norm: FinalNorm::load(spec, source, device)?,
+            weight: load(source, &spec.head.weight, &[spec.vocab, spec.hidden], device)?,
+            bias,
+        })
+    }
+
+    /// Logits `(rows, vocab)` of the last block's outputs `(rows, hidden)`.
+    ///
+    /// # Errors
+    /// If `x` does not fit, or the device fails.
+    pub fn logits(&self, x: &Tensor) -> Result<Tensor, DecoderError> {
+        ops::linear(&self.norm(x)?, &self.weight, self.bias.as_ref())
+    }
+
+    /// The final norm of the last block's outputs `(rows, hidden)`; input of [`Head::logits_chunk`].
+    ///
+    /// # Errors
+    /// If `x` does not fit, or the device fails.
+    pub fn norm(&self, x: &Tensor) -> Result<Tensor, DecoderError> {
+        self.norm.forward(x)
+    }
+
+    /// Logits `(rows, len)` of tokens `start..start + len` from normed hidden states: for vocabularies whose
+    /// logits would not fit at once.
+    ///
+    /// # Errors
+    /// If the range leaves the vocabulary, or the device fails.
+    pub fn logits_chunk(&self, normed: &Tensor, start: usize, len: usize) -> Result<Tensor, DecoderError> {
+        let bias = self.bias.as_ref().map(|bias| bias.narrow(0, start, len)).transpose()?;
+        ops::linear(normed, &self.weight.narrow(0, start, len)?, bias.as_ref())
+    }
+
+    /// The head's weight `[vocab, hidden]`.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// The final norm's weight `[hidden]`.
+    pub fn norm_weight(&self) -> &Tensor {
+        self.norm.weight()
+    }
+}

@@ -1,0 +1,147 @@
+//! The few operations of a block on tensors: fused kernels on the CPU, composed candle operations elsewhere.
+
+use candle_core::{D, DType, Device, Storage, Tensor};
+use lite_linalg::{Mat, Threads, gemm};
+
+use crate::{Activation, DecoderError, NormSpec, kernels};
+
+/// Calls `f` with the values of `x` (f32) in row-major order. Copies only what is not contiguous on the CPU.
+///
+/// # Errors
+/// If `x` is not f32, or its device cannot be read.
+pub fn with_cpu_slice<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R, DecoderError> {
+    if x.dtype() != DType::F32 {
+        return Err(DecoderError::input(format!("a tensor of type {:?} was given, wanted F32", x.dtype())));
+    }
+    let copy;
+    let x = if x.device().is_cpu() && x.is_contiguous() {
+        x
+    } else {
+        copy = x.to_device(&Device::Cpu)?.contiguous()?;
+        &copy
+    };
+    let (storage, layout) = x.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(storage), Some((start, end))) => Ok(f(&storage.as_slice::<f32>()?[start..end])),
+        _ => Err(DecoderError::input("a tensor could not be brought to the CPU as one slice")),
+    }
+}
+
+/// Normalises the rows of `x` (`(rows, width)`).
+pub(crate) fn norm(x: &Tensor, spec: &NormSpec, weight: &Tensor) -> Result<Tensor, DecoderError> {
+    // The one kind there is.
+    let crate::NormKind::Rms = spec.kind;
+    if x.device().is_cpu() {
+        let out = with_cpu_slice(x, |x| with_cpu_slice(weight, |weight| kernels::rms_norm(x, weight, spec.eps)))??;
+        return Ok(Tensor::from_vec(out, x.shape(), x.device())?);
+    }
+    norm_composed(x, spec, weight)
+}
+
+/// [`norm`] over the last dimension, of any rank, by candle operations.
+pub(crate) fn norm_composed(x: &Tensor, spec: &NormSpec, weight: &Tensor) -> Result<Tensor, DecoderError> {
+    let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
+    let factor = (mean + f64::from(spec.eps))?.sqrt()?.recip()?;
+    Ok(x.broadcast_mul(&factor)?.broadcast_mul(weight)?)
+}
+
+/// `x · weightᵀ + bias`: `(rows, in)`, `[out, in]` and `[out]` to `(rows, out)`.
+pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, DecoderError> {
+    let ((rows, in_features), (out_features, columns)) = (x.dims2()?, weight.dims2()?);
+    if in_features != columns {
+        let reason = format!("an input of width {in_features} meets a weight of width {columns}");
+        return Err(DecoderError::input(reason));
+    }
+    if !x.device().is_cpu() {
+        let out = x.matmul(&weight.t()?)?;
+        return Ok(match bias {
+            Some(bias) => out.broadcast_add(bias)?,
+            None => out,
+        });
+    }
+    let mut out = with_cpu_slice(x, |x| {
+        with_cpu_slice(weight, |weight| {
+            let (x, weight) = (Mat::new(x, rows, in_features), Mat::new(weight, out_features, in_features));
+            gemm(x, weight.t(), Threads::All)
+        })
+    })??;
+    if let Some(bias) = bias {
+        with_cpu_slice(bias, |bias| kernels::add_row(&mut out, bias))?;
+    }
+    Ok(Tensor::from_vec(out, (rows, out_features), x.device())?)
+}
+
+/// `a + b`, of one shape.
+pub(crate) fn add(a: &Tensor, b: &Tensor) -> Result<Tensor, DecoderError> {
+    if !a.device().is_cpu() {
+        return Ok((a + b)?);
+    }
+    let out = with_cpu_slice(a, |a| with_cpu_slice(b, |b| kernels::add(a, b)))??;
+    Ok(Tensor::from_vec(out, a.shape(), a.device())?)
+}
+
+/// `activation(gate) · up`: from two tensors `(rows, width)`, or one `(rows, 2·width)` that holds the gate first.
+pub(crate) fn gated(parts: &[Tensor], width: usize, activation: Activation) -> Result<Tensor, DecoderError> {
+    let Activation::Silu = activation;
+    let (gate, up, start) = match parts {
+        [both] => (both, both, width),
+        [gate, up] => (gate, up, 0),
+        _ => return Err(DecoderError::input(format!("{} gate and up projections, wanted 1 or 2", parts.len()))),
+    };
+    if !gate.device().is_cpu() {
+        return gated_composed(gate, up, start, width);
+    }
+    let (rows, stride) = gate.dims2()?;
+    let out = with_cpu_slice(gate, |gate| {
+        with_cpu_slice(up, |up| kernels::silu_mul(gate, &up[start..], rows, width, stride))
+    })??;
+    Ok(Tensor::from_vec(out, (rows, width), parts[0].device())?)
+}
+
+fn gated_composed(gate: &Tensor, up: &Tensor, start: usize, width: usize) -> Result<Tensor, DecoderError> {
+    Ok((gate.narrow(1, 0, width)?.silu()? * up.narrow(1, start, width)?)?.contiguous()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::NormKind;
+
+    fn random(rows: usize, columns: usize) -> Tensor {
+        Tensor::randn(0f32, 1.5, (rows, columns), &Device::Cpu).unwrap()
+    }
+
+    fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
+        (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+    }
+
+    #[test]
+    fn composed_operations_agree_with_the_kernels() {
+        let x = random(7, 48);
+        let weight = random(1, 48).squeeze(0).unwrap();
+        let spec = NormSpec { weight: String::new(), bias: None, eps: 1e-5, kind: NormKind::Rms };
+        let difference =
+            largest_difference(&norm(&x, &spec, &weight).unwrap(), &norm_composed(&x, &spec, &weight).unwrap());
+        assert!(difference < 1e-5, "{difference}");
+
+        let stacked = gated(std::slice::from_ref(&x), 24, Activation::Silu).unwrap();
+        let parts = [0, 24].map(|start| x.narrow(1, start, 24).unwrap().contiguous().unwrap());
+        assert_eq!(largest_difference(&stacked, &gated(&parts, 24, Activation::Silu).unwrap()), 0.0);
+        assert!(largest_difference(&stacked, &gated_composed(&x, &x, 24, 24).unwrap()) < 1e-5);
+
+        let w = random(5, 48);
+        let bias = random(1, 5).squeeze(0).unwrap();
+        let wanted = x.matmul(&w.t().unwrap()).unwrap().broadcast_add(&bias).unwrap();
+        assert!(largest_difference(&linear(&x, &w, Some(&bias)).unwrap(), &wanted) < 1e-4);
+    }
+
+    #[test]
+    fn slices_follow_views() {
+        let x = Tensor::arange(0f32, 6.0, &Device::Cpu).unwrap().reshape((2, 3)).unwrap();
+        let turned = with_cpu_slice(&x.t().unwrap(), <[f32]>::to_vec).unwrap();
+        assert_eq!(turned, [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]);
+        let second = with_cpu_slice(&x.narrow(0, 1, 1).unwrap(), <[f32]>::to_vec).unwrap();
+        assert_eq!(second, [3.0, 4.0, 5.0]);
+        assert!(with_cpu_slice(&x.to_dtype(DType::F64).unwrap(), |_| ()).is_err());
+    }
+}

@@ -1,0 +1,88 @@
+use half::{bf16, f16};
+use lite_model::{Checkpoint, Dtype, ModelError};
+
+use crate::DecoderError;
+
+/// Where weights come from. Names are the checkpoint's own.
+pub trait WeightSource {
+    /// Shape and values of a tensor, row-major, as f32.
+    ///
+    /// # Errors
+    /// If the tensor is missing, unreadable or not of a float type.
+    fn load(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), DecoderError>;
+
+    /// Whether there is a tensor `name`.
+    fn contains(&self, name: &str) -> bool;
+
+    /// The given rows of a matrix `[rows, width]`, one after the other: `rows.len() · width` values.
+    /// The default loads the whole matrix; sources that can seek should not.
+    ///
+    /// # Errors
+    /// As [`WeightSource::load`]; if the tensor is not a matrix, or a row is outside of it.
+    fn rows(&self, name: &str, rows: &[u32]) -> Result<Vec<f32>, DecoderError> {
+        let (shape, values) = self.load(name)?;
+        let &[height, width] = shape.as_slice() else {
+            return Err(DecoderError::tensor(name, format!("has shape {shape:?}, wanted a matrix")));
+        };
+        let mut out = Vec::with_capacity(rows.len().saturating_mul(width));
+        for &row in rows {
+            let start = (row as usize).checked_mul(width).filter(|_| (row as usize) < height);
+            let found = start.and_then(|start| values.get(start..start.checked_add(width)?));
+            out.extend_from_slice(
+                found.ok_or_else(|| DecoderError::tensor(name, format!("has {height} rows, row {row} was wanted")))?,
+            );
+        }
+        Ok(out)
+    }
+}
+
+/// A checkpoint on disk as a source: BF16, F16 and F32 tensors, converted exactly.
+#[derive(Debug, Clone, Copy)]
+pub struct CheckpointSource<'a>(pub &'a Checkpoint);
+
+impl<'a> CheckpointSource<'a> {
+    /// Reads from `checkpoint`.
+    pub fn new(checkpoint: &'a Checkpoint) -> Self {
+        Self(checkpoint)
+    }
+}
+
+impl WeightSource for CheckpointSource<'_> {
+    fn load(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), DecoderError> {
+        let values = self.0.tensor_f32(name)?;
+        Ok((self.0.tensor(name)?.shape.to_vec(), values))
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.0.info(name).is_some()
+    }
+
+    /// Touches only the pages that hold the rows.
+    fn rows(&self, name: &str, rows: &[u32]) -> Result<Vec<f32>, DecoderError> {
+        let view = self.0.tensor(name)?;
+        let &[height, width] = view.shape else {
+            return Err(DecoderError::tensor(name, format!("has shape {:?}, wanted a matrix", view.shape)));
+        };
+        let bytes: usize = match view.dtype {
+            Dtype::F32 => 4,
+            Dtype::BF16 | Dtype::F16 => 2,
+            dtype => return Err(ModelError::NotFloat { tensor: name.to_owned(), dtype }.into()),
+        };
+        let mut out = Vec::with_capacity(rows.len().saturating_mul(width));
+        for &row in rows {
+            // Inside the data, whose length is `height · width · bytes`.
+            let found = Some(row as usize).filter(|row| *row < height).and_then(|row| {
+                let start = row.checked_mul(width)?.checked_mul(bytes)?;
+                view.data.get(start..start.checked_add(width.checked_mul(bytes)?)?)
+            });
+            let data =
+                found.ok_or_else(|| DecoderError::tensor(name, format!("has {height} rows, row {row} was wanted")))?;
+            match view.dtype {
+                Dtype::F32 => out.extend(data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
+                Dtype::F16 => out.extend(data.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
+                _ => out.extend(data.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32())),
+            }
+        }
+        Ok(out)
+    }
+}

@@ -1,0 +1,149 @@
+//! Small random checkpoints of every family, with the logits that transformers computes for them.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use half::{bf16, f16};
+use lite_decoder::{Block, DecoderError, DecoderSpec, Embedding, Head, NoTap, Rope, WeightSource};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Map, Value};
+
+/// Every case that must be there.
+pub(crate) const CASES: &[&str] = &[
+    "internlm2",
+    "internlm2-dynamic",
+    "internlm3",
+    "internlm3-bias",
+    "llama-bias",
+    "llama-dynamic-rope",
+    "llama-linear-rope",
+    "llama-yarn-options",
+    "llama2",
+    "llama3",
+    "mistral",
+    "phi3",
+    "phi3-longrope",
+    "phi3-partial",
+    "qwen2",
+    "qwen2-sliding",
+    "qwen2-yarn",
+    "qwen3",
+];
+
+pub(crate) fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+pub(crate) fn object(path: &Path) -> Map<String, Value> {
+    let text = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    match serde_json::from_slice(&text) {
+        Ok(Value::Object(map)) => map,
+        other => panic!("{}: {other:?}", path.display()),
+    }
+}
+
+/// Weights in memory.
+#[derive(Default)]
+pub(crate) struct Weights {
+    pub(crate) tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    /// Names that were loaded.
+    pub(crate) read: RefCell<Vec<String>>,
+}
+
+impl WeightSource for Weights {
+    fn load(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), DecoderError> {
+        self.read.borrow_mut().push(name.to_owned());
+        let missing = || DecoderError::Tensor { tensor: name.to_owned(), reason: "missing".to_owned() };
+        self.tensors.get(name).cloned().ok_or_else(missing)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+}
+
+pub(crate) struct Batch {
+    pub(crate) windows: Vec<Vec<u32>>,
+    /// `(windows, tokens, vocab)`
+    pub(crate) logits: Vec<f32>,
+}
+
+pub(crate) struct Fixture {
+    pub(crate) spec: DecoderSpec,
+    pub(crate) weights: Weights,
+    pub(crate) batches: Vec<Batch>,
+}
+
+impl Fixture {
+    pub(crate) fn open(case: &str) -> Self {
+        let dir = root().join("tests/fixtures/families").join(case);
+        let spec =
+            DecoderSpec::from_config(&object(&dir.join("config.json"))).unwrap_or_else(|e| panic!("{case}: {e}"));
+        let bytes = std::fs::read(dir.join("model.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let tensors = file.tensors().into_iter();
+        let tensors = tensors.map(|(name, t)| (name, (t.shape().to_vec(), floats(t.dtype(), t.data())))).collect();
+        let bytes = std::fs::read(dir.join("expected.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let mut names: Vec<String> =
+            file.names().into_iter().filter(|n| n.starts_with("input_ids")).map(str::to_owned).collect();
+        names.sort();
+        let batches = names.iter().map(|name| {
+            let ids = file.tensor(name).unwrap();
+            let logits = file.tensor(&name.replace("input_ids", "logits")).unwrap();
+            let ids_flat: Vec<u32> =
+                ids.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32).collect();
+            Batch {
+                windows: ids_flat.chunks(ids.shape()[1]).map(<[u32]>::to_vec).collect(),
+                logits: floats(logits.dtype(), logits.data()),
+            }
+        });
+        let batches: Vec<Batch> = batches.collect();
+        assert!(!batches.is_empty(), "{case}");
+        Self { spec, weights: Weights { tensors, ..Weights::default() }, batches }
+    }
+
+    pub(crate) fn block(&self, index: usize) -> Block {
+        Block::load(&self.spec, index, &self.weights, &Device::Cpu).unwrap()
+    }
+
+    pub(crate) fn embed(&self, windows: &[Vec<u32>]) -> Tensor {
+        Embedding::load(&self.spec, &self.weights, &Device::Cpu).unwrap().embed(windows).unwrap()
+    }
+
+    /// Logits `(windows, tokens, vocab)`.
+    pub(crate) fn logits(&self, windows: &[Vec<u32>]) -> Vec<f32> {
+        let rope = Rope::new(&self.spec, windows[0].len(), &Device::Cpu).unwrap();
+        let mut x = self.embed(windows);
+        for index in 0..self.spec.blocks.len() {
+            x = self.block(index).forward(&x, &rope, &mut NoTap).unwrap();
+        }
+        let head = Head::load(&self.spec, &self.weights, &Device::Cpu).unwrap();
+        values(&head.logits(&x.flatten(0, 1).unwrap()).unwrap())
+    }
+}
+
+pub(crate) fn values(x: &Tensor) -> Vec<f32> {
+    lite_decoder::with_cpu_slice(x, <[f32]>::to_vec).unwrap()
+}
+
+fn floats(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
+    match dtype {
+        Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
+        Dtype::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes(b.try_into().unwrap()).to_f32()).collect(),
+        Dtype::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes(b.try_into().unwrap()).to_f32()).collect(),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Reproducible values in `(0, 1)`.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 40) as f32 + 0.5) / (1u64 << 24) as f32
+    }
+}

@@ -1,0 +1,178 @@
+//! What a run will cost, from shapes alone.
+
+use std::collections::BTreeMap;
+
+use lite_decoder::BlockSpec;
+use lite_stats::StatsTap;
+
+use crate::QuantSite;
+
+/// Memory of a run, bytes. The peak does not depend on the number of blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MemoryEstimate {
+    /// Program, tokenizer and allocator.
+    pub base: u64,
+    /// One decoder block in f32, and its pages of the source.
+    pub block: u64,
+    /// Gram matrices of one block.
+    pub grams: u64,
+    /// Hidden states of all calibration windows, in memory or (see `spooled`) in a file.
+    pub hidden: u64,
+    /// Whether the hidden states are in a file.
+    pub spooled: bool,
+    /// Activations of one batch while a block runs.
+    pub activations: u64,
+    /// Copies while scales are searched and codes are chosen.
+    pub solve: u64,
+    /// The final comparison: three blocks, two streams, a slice of the head.
+    pub check: u64,
+}
+
+impl MemoryEstimate {
+    /// Peak of the whole run.
+    pub fn peak(&self) -> u64 {
+        let hidden = if self.spooled { 0 } else { self.hidden };
+        let work = self.block + self.grams + hidden + self.activations.max(self.solve);
+        self.base + work.max(self.check)
+    }
+}
+
+/// Floating-point work of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Work {
+    /// Forward passes of the calibration windows.
+    pub forward: f64,
+    /// Gram updates (one triangle).
+    pub gram: f64,
+    /// Scale search, range search and losses.
+    pub solve: f64,
+    /// The final comparison.
+    pub check: f64,
+}
+
+impl Work {
+    /// All of it.
+    pub fn total(&self) -> f64 {
+        self.forward + self.gram + self.solve + self.check
+    }
+}
+
+/// Program, thread stacks and tokenizer tables.
+const BASE: u64 = 48 << 20;
+
+/// The shapes that cost depends on.
+pub(crate) struct Costs<'a> {
+    pub(crate) sites: &'a [QuantSite],
+    pub(crate) blocks: &'a [BlockSpec],
+    pub(crate) hidden: usize,
+    pub(crate) vocab: usize,
+    pub(crate) windows: usize,
+    pub(crate) seqlen: usize,
+    pub(crate) batch: usize,
+    pub(crate) eval_windows: usize,
+    pub(crate) eval_seqlen: usize,
+    pub(crate) search: bool,
+    pub(crate) source_bytes_per_weight: u64,
+}
+
+impl Costs<'_> {
+    fn by_block(&self) -> BTreeMap<usize, Vec<&QuantSite>> {
+        let mut blocks: BTreeMap<usize, Vec<&QuantSite>> = BTreeMap::new();
+        for site in self.sites {
+            blocks.entry(site.block).or_default().push(site);
+        }
+        blocks
+    }
+
+    /// Bytes for a run that keeps hidden states in memory.
+    pub(crate) fn memory(&self) -> MemoryEstimate {
+        let weights = |sites: &[&QuantSite]| -> u64 {
+            sites.iter().map(|s| s.out_features as u64 * s.in_features as u64).sum()
+        };
+        let block = self.by_block().values().map(|sites| weights(sites)).max().unwrap_or(0);
+        let largest = self.sites.iter().map(|s| s.out_features as u64 * s.in_features as u64).max().unwrap_or(0);
+        let calibrated = self.windows > 0;
+        let grams = self.blocks.iter().map(StatsTap::gram_bytes).max().unwrap_or(0);
+        let widest = self.sites.iter().map(|s| s.in_features as u64).max().unwrap_or(0);
+        // Folding copies the consumers of one input twice; rounding holds a copy, codes, the way back and
+        // the packed bytes of one linear. Either way two Gram matrices of the widest input.
+        let consumers = self
+            .blocks
+            .iter()
+            .flat_map(|b| &b.folds)
+            .map(|fold| {
+                let ids = &fold.consumers;
+                let of = |s: &&QuantSite| s.site.is_some_and(|id| ids.contains(&id));
+                self.sites.iter().filter(of).map(|s| s.out_features as u64 * s.in_features as u64).sum::<u64>()
+            })
+            .max()
+            .unwrap_or(0);
+        let solve = (largest * 15).max(consumers * 13) + if calibrated { widest * widest * 4 } else { 0 };
+        let tokens = |windows: usize, seqlen: usize| windows as u64 * seqlen as u64;
+        let per_token = self.activation_values() * 4;
+        let check_tokens = tokens(self.eval_windows, self.eval_seqlen);
+        let check = if self.blocks.is_empty() || check_tokens == 0 {
+            0
+        } else {
+            block * (8 + self.source_bytes_per_weight)
+                + largest * 5
+                + 3 * check_tokens * self.hidden as u64 * 4
+                + tokens(self.batch.max(1), self.seqlen.max(1)).min(check_tokens.max(1)) * per_token
+                + (self.vocab as u64).min(8192) * self.hidden as u64 * 8
+        };
+        MemoryEstimate {
+            base: BASE,
+            block: block * (4 + self.source_bytes_per_weight),
+            grams: if calibrated { grams } else { 0 },
+            hidden: tokens(self.windows, self.seqlen) * self.hidden as u64 * 4,
+            spooled: false,
+            activations: tokens(self.batch.min(self.windows), self.seqlen) * per_token,
+            solve,
+            check,
+        }
+    }
+
+    /// Values alive per token inside a block: residual, normed input, the widest pair of intermediates.
+    fn activation_values(&self) -> u64 {
+        let outputs: u64 = self.blocks.first().map_or(0, |block| {
+            block.sites.iter().map(|s| s.out_features as u64).sum::<u64>()
+                + block.sites.iter().map(|s| s.in_features as u64).max().unwrap_or(0)
+        });
+        outputs + 4 * self.hidden as u64
+    }
+
+    /// Flops of each phase.
+    pub(crate) fn work(&self) -> Work {
+        let mut work = Work::default();
+        let tokens = (self.windows * self.seqlen) as f64;
+        let eval = (self.eval_windows * self.eval_seqlen) as f64;
+        for site in self.sites {
+            let (n, k) = (site.out_features as f64, site.in_features as f64);
+            if tokens > 0.0 {
+                // Once for the statistics, once through the quantized block.
+                work.forward += 2.0 * tokens * 2.0 * n * k;
+                // Range search over tiles of the Gram matrix, twice in the search and once at the end;
+                // losses are full products.
+                let tile = 2.0 * n * k * k.min(128.0) * lite_quant::SHRINK_STEPS as f64;
+                let searches = if self.search { 4.0 } else { 1.0 };
+                work.solve += searches * (tile + 2.0 * n * k * k);
+            }
+            if !self.blocks.is_empty() {
+                work.check += 3.0 * eval * 2.0 * n * k;
+            }
+        }
+        for block in self.blocks {
+            let widths: BTreeMap<_, f64> = block.sites.iter().map(|s| (s.input, s.in_features as f64)).collect();
+            for k in widths.values() {
+                work.gram += tokens * k * k;
+                if self.search && tokens > 0.0 {
+                    work.solve += 39.0 * 2.0 * 512.0 * k * k;
+                }
+            }
+            let window = self.seqlen as f64;
+            work.forward += 2.0 * tokens * 2.0 * window * self.hidden as f64;
+        }
+        work.check += 2.0 * eval * 2.0 * self.vocab as f64 * self.hidden as f64;
+        work
+    }
+}

@@ -1,0 +1,104 @@
+//! The hidden states of all calibration windows at one depth: in memory, or in a file when they would
+//! not fit the budget. They are kept in f32, so that both give the same bytes.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use crate::JobError;
+
+/// Windows × tokens × hidden values.
+#[derive(Debug)]
+pub(crate) struct HiddenStates {
+    windows: usize,
+    window_values: usize,
+    storage: Storage,
+}
+
+#[derive(Debug)]
+enum Storage {
+    Memory(Vec<f32>),
+    Spool { file: File, path: std::path::PathBuf },
+}
+
+impl HiddenStates {
+    /// Room for `windows` windows of `window_values` values in memory.
+    pub(crate) fn in_memory(windows: usize, window_values: usize) -> Self {
+        Self { windows, window_values, storage: Storage::Memory(vec![0.0; windows * window_values]) }
+    }
+
+    /// The same in a file, which is removed when this is dropped.
+    pub(crate) fn in_file(path: &Path, windows: usize, window_values: usize) -> Result<Self, JobError> {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(path)
+            .map_err(JobError::io("create the spool file", path))?;
+        file.set_len((windows * window_values * 4) as u64).map_err(JobError::io("size the spool file", path))?;
+        Ok(Self { windows, window_values, storage: Storage::Spool { file, path: path.to_owned() } })
+    }
+
+    /// Number of windows.
+    pub(crate) fn windows(&self) -> usize {
+        self.windows
+    }
+
+    /// Values of `count` windows from `first` on.
+    pub(crate) fn read(&self, first: usize, count: usize) -> Result<Vec<f32>, JobError> {
+        let (start, len) = (first * self.window_values, count * self.window_values);
+        match &self.storage {
+            Storage::Memory(values) => Ok(values[start..start + len].to_vec()),
+            Storage::Spool { file, path } => {
+                let mut bytes = vec![0u8; len * 4];
+                file.read_exact_at(&mut bytes, start as u64 * 4).map_err(JobError::io("read the spool file", path))?;
+                Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+            }
+        }
+    }
+
+    /// Replaces the values of the windows from `first` on.
+    pub(crate) fn write(&mut self, first: usize, values: &[f32]) -> Result<(), JobError> {
+        let start = first * self.window_values;
+        match &mut self.storage {
+            Storage::Memory(all) => all[start..start + values.len()].copy_from_slice(values),
+            Storage::Spool { file, path } => {
+                let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+                file.write_all_at(&bytes, start as u64 * 4).map_err(JobError::io("write the spool file", &*path))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for HiddenStates {
+    fn drop(&mut self) {
+        if let Storage::Spool { path, .. } = &self.storage {
+            // Best effort: the whole job folder is removed at the end anyway.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_and_file_hold_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hidden");
+        let mut stores = [HiddenStates::in_memory(5, 7), HiddenStates::in_file(&path, 5, 7).unwrap()];
+        for store in &mut stores {
+            store.write(1, &(0..14).map(|v| v as f32 * 0.3).collect::<Vec<_>>()).unwrap();
+            store.write(4, &[f32::MIN_POSITIVE; 7]).unwrap();
+        }
+        for first in 0..4 {
+            assert_eq!(stores[0].read(first, 2).unwrap(), stores[1].read(first, 2).unwrap());
+        }
+        assert_eq!(stores[1].read(2, 1).unwrap()[0], 7.0 * 0.3);
+        drop(stores);
+        assert!(!path.exists());
+    }
+}

@@ -1,0 +1,107 @@
+//! What a run is asked to do, whether by flags or by a file.
+
+use std::path::PathBuf;
+
+use lite_pack::targets::Target;
+use lite_quant::Range;
+
+/// Everything a run needs to know. Two equal recipes on equal inputs give equal bytes.
+#[derive(Debug, Clone)]
+pub struct Recipe {
+    /// A folder, or a hub id `org/name`.
+    pub model: String,
+    /// Hub revision: branch, tag or commit.
+    pub revision: Option<String>,
+    /// Where hub files are kept, instead of the usual cache.
+    pub download_dir: Option<PathBuf>,
+    /// Where the result appears.
+    pub work_dir: PathBuf,
+    /// Replace a checkpoint that is already there.
+    pub overwrite: bool,
+    /// How weights are prepared before they are rounded.
+    pub method: Method,
+    /// Bits per weight, as typed.
+    pub bits: i64,
+    /// Group size, as typed; −1 is one scale per output channel.
+    pub group_size: i64,
+    /// Symmetric codes: zero points fixed in the middle.
+    pub symmetric: bool,
+    /// How the range of each group is chosen.
+    pub range: Range,
+    /// Type of scales and plain tensors in the output.
+    pub dtype: DtypeChoice,
+    /// Layout by name; by default what the target or the scheme asks for.
+    pub layout: Option<String>,
+    /// Engine that must load the result.
+    pub target: Option<Target>,
+    /// Tensor-parallel degree the result must support.
+    pub tensor_parallel: usize,
+    /// Calibration text.
+    pub calib: CalibSettings,
+    /// Text of the final check.
+    pub eval: EvalSettings,
+    /// Windows per forward pass; by default about 4096 tokens.
+    pub batch_size: Option<usize>,
+    /// Where the float blocks run.
+    pub device: DeviceChoice,
+    /// Largest weight file, bytes.
+    pub max_shard_bytes: u64,
+    /// Memory budget, bytes; hidden states go to a file when they would not fit.
+    pub max_memory: Option<u64>,
+}
+
+/// How weights are prepared before they are rounded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// Activation-aware scales.
+    Awq {
+        /// Search the scales by output error; otherwise LMDeploy's fixed ratio 0.5 on max |x|.
+        search_scale: bool,
+    },
+}
+
+/// Type of scales and plain tensors in the output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DtypeChoice {
+    /// The checkpoint's own 16-bit type; float16 for a float32 checkpoint.
+    Auto,
+    /// IEEE half.
+    Float16,
+    /// bfloat16.
+    Bfloat16,
+}
+
+/// Where the float blocks run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// A GPU if this build and machine have one, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A CUDA GPU, or an error.
+    Cuda,
+}
+
+/// Calibration text.
+#[derive(Debug, Clone)]
+pub struct CalibSettings {
+    /// Name or path; `None` is the default set, with the built-in corpus as its stand-in.
+    pub dataset: Option<String>,
+    /// Number of windows; 0 quantizes without data.
+    pub samples: i64,
+    /// Tokens per window; `None` is 2048 or what the model allows.
+    pub seqlen: Option<i64>,
+    /// Seed of every draw.
+    pub seed: u64,
+}
+
+/// Text of the final check.
+#[derive(Debug, Clone)]
+pub struct EvalSettings {
+    /// Name or path; `None` is the built-in held-out text.
+    pub dataset: Option<String>,
+    /// Number of windows; 0 skips the forward comparison (codes are still compared).
+    pub windows: usize,
+    /// Tokens per window; `None` is the calibration length, at most 512.
+    pub seqlen: Option<usize>,
+}

@@ -1,0 +1,285 @@
+//! The folder a result appears in.
+//!
+//! Work happens in `<work-dir>/.lite`; finished files are renamed out of it, `config.json` last, so a
+//! folder without `config.json` is never mistaken for a checkpoint.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use crate::JobError;
+
+const JOB_FOLDER: &str = ".lite";
+
+/// A work directory, locked for this run.
+#[derive(Debug)]
+pub struct WorkDir {
+    root: PathBuf,
+    job: PathBuf,
+    created: bool,
+    /// Held for as long as the run lives; the system releases it when the process dies.
+    _lock: File,
+}
+
+impl WorkDir {
+    /// Whether `root` could hold the result, before anything is read or written.
+    ///
+    /// # Errors
+    /// If it is a file, is or contains the input or lies inside it, or holds something that
+    /// `overwrite` does not cover.
+    pub fn check(root: &Path, model: Option<&Path>, overwrite: bool) -> Result<(), JobError> {
+        let shown = root.display();
+        if let Some(model) = model {
+            let (out, input) = (resolve(root), resolve(model));
+            if out == input {
+                return Err(JobError::Usage(format!(
+                    "the work directory `{shown}` is the model itself; choose another --work-dir"
+                )));
+            }
+            if out.starts_with(&input) {
+                return Err(JobError::Usage(format!(
+                    "the work directory `{shown}` lies inside the model folder `{}`; choose one outside",
+                    model.display()
+                )));
+            }
+            if input.starts_with(&out) && root.exists() && !overwrite_leaves(&out, &input) {
+                return Err(JobError::Usage(format!(
+                    "the model `{}` lies inside the work directory `{shown}`; choose another --work-dir",
+                    model.display()
+                )));
+            }
+        }
+        let kind = match fs::symlink_metadata(root) {
+            Ok(meta) if meta.is_symlink() => fs::metadata(root).map_err(JobError::io("read", root))?,
+            Ok(meta) => meta,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(JobError::io("read", root)(error)),
+        };
+        if !kind.is_dir() {
+            return Err(JobError::Usage(format!("the work directory `{shown}` is a file; choose another --work-dir")));
+        }
+        let entries = entries(root)?;
+        let foreign = entries.iter().filter(|name| name.as_str() != JOB_FOLDER).count();
+        if foreign == 0 {
+            return Ok(());
+        }
+        let is_checkpoint = entries.iter().any(|name| name == "config.json");
+        match (overwrite, is_checkpoint) {
+            (false, true) => Err(JobError::Usage(format!(
+                "the work directory `{shown}` already holds a checkpoint; add --overwrite to replace it, or choose another"
+            ))),
+            (false, false) => Err(JobError::Usage(format!(
+                "the work directory `{shown}` is not empty ({foreign} entries); choose a new or empty folder"
+            ))),
+            (true, false) => Err(JobError::Usage(format!(
+                "--overwrite replaces a checkpoint, and `{shown}` holds none (no config.json among {foreign} entries); choose a new or empty folder"
+            ))),
+            (true, true) => Ok(()),
+        }
+    }
+
+    /// Creates and locks the folder. Remains of a run that died are cleared.
+    ///
+    /// # Errors
+    /// As [`WorkDir::check`]; [`JobError::State`] if another run holds the lock.
+    pub fn open(root: &Path, model: Option<&Path>, overwrite: bool) -> Result<(Self, bool), JobError> {
+        Self::check(root, model, overwrite)?;
+        let created = !root.exists();
+        let job = root.join(JOB_FOLDER);
+        fs::create_dir_all(&job).map_err(JobError::io("create", &job))?;
+        let path = job.join("lock");
+        let lock = File::options()
+            .create(true)
+            .write(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(JobError::io("open", &path))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => {
+                return Err(JobError::State(format!(
+                    "another run is working in `{}`; wait for it, or choose another --work-dir",
+                    root.display()
+                )));
+            }
+            Err(fs::TryLockError::Error(error)) => return Err(JobError::io("lock", &path)(error)),
+        }
+        let mut remains = false;
+        for name in entries(&job)? {
+            if name != "lock" {
+                remains = true;
+                remove(&job.join(name))?;
+            }
+        }
+        let this = Self { root: root.to_owned(), job, created, _lock: lock };
+        fs::create_dir(this.staging()).map_err(JobError::io("create", this.staging()))?;
+        Ok((this, remains))
+    }
+
+    /// Where the files of the result are written before they are published.
+    pub fn staging(&self) -> PathBuf {
+        self.job.join("out")
+    }
+
+    /// Where hidden states go when they do not fit the memory budget.
+    pub fn spool_file(&self) -> PathBuf {
+        self.job.join("hidden-states.f32")
+    }
+
+    /// Publishes the staged files and removes the job folder.
+    ///
+    /// # Errors
+    /// [`JobError::Io`]; what was published so far lacks `config.json`.
+    pub fn commit(self) -> Result<(), JobError> {
+        let staging = self.staging();
+        // An old checkpoint stops being one before its files are replaced.
+        let old_config = self.root.join("config.json");
+        if old_config.exists() {
+            remove(&old_config)?;
+            for name in entries(&self.root)? {
+                if name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") {
+                    remove(&self.root.join(name))?;
+                }
+            }
+        }
+        let mut names = entries(&staging)?;
+        names.sort_by_key(|name| (name == "config.json", name.clone()));
+        for name in names {
+            let (from, to) = (staging.join(&name), self.root.join(&name));
+            if to.is_dir() {
+                remove(&to)?;
+            }
+            if name == "config.json" {
+                sync_folder(&self.root)?;
+            }
+            fs::rename(&from, &to).map_err(JobError::io("publish", &to))?;
+        }
+        sync_folder(&self.root)?;
+        remove(&self.job)
+    }
+
+    /// Removes everything this run made. Best effort: the failure that led here matters more.
+    pub fn abandon(self) {
+        let _ = fs::remove_dir_all(&self.job);
+        if self.created {
+            // Only if empty.
+            let _ = fs::remove_dir(&self.root);
+        }
+    }
+}
+
+/// Memory that is free for this run, bytes: what the system has left, within the limit of its cgroup.
+pub(crate) fn available_memory() -> Option<u64> {
+    let mut system = sysinfo::System::new().ok()?;
+    system.refresh_memory();
+    let free = system.available_memory();
+    let limit = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory.max(1));
+    (free > 0).then_some(free.min(limit))
+}
+
+/// `path`, or the closest folder above it that exists.
+pub(crate) fn nearest_existing(path: &Path) -> Option<PathBuf> {
+    let absolute = std::path::absolute(path).ok()?;
+    absolute.ancestors().find(|p| p.exists()).map(Path::to_owned)
+}
+
+/// Whether the input, somewhere below `out`, is untouched by replacing the checkpoint in `out`.
+fn overwrite_leaves(out: &Path, input: &Path) -> bool {
+    input != out && input.strip_prefix(out).is_ok_and(|rest| !rest.starts_with(JOB_FOLDER))
+}
+
+/// An absolute path without links, of a path that need not exist yet.
+fn resolve(path: &Path) -> PathBuf {
+    let mut missing = Vec::new();
+    let mut at = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    loop {
+        if let Ok(real) = at.canonicalize() {
+            return missing.iter().rev().fold(real, |path, name| path.join(name));
+        }
+        match (at.file_name().map(ToOwned::to_owned), at.parent().map(Path::to_owned)) {
+            (Some(name), Some(parent)) => {
+                missing.push(name);
+                at = parent;
+            }
+            _ => return path.to_owned(),
+        }
+    }
+}
+
+fn entries(dir: &Path) -> Result<Vec<String>, JobError> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).map_err(JobError::io("list", dir))? {
+        let entry = entry.map_err(JobError::io("list", dir))?;
+        names.push(entry.file_name().to_string_lossy().into_owned());
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn remove(path: &Path) -> Result<(), JobError> {
+    let result = if path.is_dir() && !path.is_symlink() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    result.map_err(JobError::io("remove", path))
+}
+
+fn sync_folder(path: &Path) -> Result<(), JobError> {
+    File::open(path).and_then(|folder| folder.sync_all()).map_err(JobError::io("sync", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn usage(result: Result<(), JobError>) -> bool {
+        matches!(result, Err(JobError::Usage(_)))
+    }
+
+    #[test]
+    fn folders_that_would_lose_something_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = dir.path().join("model");
+        fs::create_dir(&model).unwrap();
+        fs::write(model.join("config.json"), "{}").unwrap();
+        assert!(usage(WorkDir::check(&model, Some(&model), true)), "the input itself");
+        assert!(usage(WorkDir::check(&model.join("../model/out"), Some(&model), true)), "inside the input");
+        let file = dir.path().join("file");
+        fs::write(&file, "x").unwrap();
+        assert!(usage(WorkDir::check(&file, Some(&model), true)), "a file");
+        let full = dir.path().join("full");
+        fs::create_dir(&full).unwrap();
+        fs::write(full.join("thesis.txt"), "x").unwrap();
+        assert!(usage(WorkDir::check(&full, Some(&model), false)));
+        assert!(usage(WorkDir::check(&full, Some(&model), true)), "--overwrite never takes a folder that is no checkpoint");
+        fs::write(full.join("config.json"), "{}").unwrap();
+        assert!(usage(WorkDir::check(&full, Some(&model), false)));
+        WorkDir::check(&full, Some(&model), true).unwrap();
+        WorkDir::check(&dir.path().join("new/deep"), Some(&model), false).unwrap();
+    }
+
+    #[test]
+    fn commit_publishes_and_abandon_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("out");
+        let (work, remains) = WorkDir::open(&root, None, false).unwrap();
+        assert!(!remains);
+        assert!(matches!(WorkDir::open(&root, None, false), Err(JobError::State(_))), "locked");
+        fs::write(work.staging().join("config.json"), "{}").unwrap();
+        work.abandon();
+        assert!(!root.exists());
+
+        fs::create_dir_all(root.join(JOB_FOLDER).join("out")).unwrap();
+        let (work, remains) = WorkDir::open(&root, None, false).unwrap();
+        assert!(remains, "a dead run's remains are noticed and cleared");
+        fs::write(work.staging().join("config.json"), "{}").unwrap();
+        fs::write(work.staging().join("model.safetensors"), "new").unwrap();
+        work.commit().unwrap();
+        assert_eq!(entries(&root).unwrap(), ["config.json", "model.safetensors"]);
+
+        fs::write(root.join("model-00001-of-00002.safetensors"), "stale").unwrap();
+        fs::write(root.join("notes.txt"), "mine").unwrap();
+        let (work, _) = WorkDir::open(&root, None, true).unwrap();
+        fs::write(work.staging().join("config.json"), "{\"a\":1}").unwrap();
+        fs::write(work.staging().join("model.safetensors"), "newer").unwrap();
+        work.commit().unwrap();
+        assert_eq!(entries(&root).unwrap(), ["config.json", "model.safetensors", "notes.txt"]);
+        assert_eq!(fs::read_to_string(root.join("model.safetensors")).unwrap(), "newer");
+    }
+}
