@@ -222,7 +222,7 @@ const CASES: &[Case] = &[
         },
         flags: &[],
         code: 3,
-        says: &["1000", "vocab"],
+        says: &["1000", "tokenizer that belongs to this model"],
     },
     Case {
         name: "too little text",

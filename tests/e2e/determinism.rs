@@ -27,8 +27,9 @@ fn the_spool_file_is_exact() {
     let (memory, spooled) = (dir.path().join("memory"), dir.path().join("spooled"));
     auto_awq_ok(&model(), &memory, &flags);
     let plan = |flags: &[&str]| -> serde_json::Value {
-        let out = lite().arg("plan").arg(model()).arg("--work-dir").arg(dir.path().join("none")).args(flags);
-        let output = out.args(["--format", "json"]).output().unwrap();
+        let mut command = lite();
+        command.arg("plan").arg(model()).arg("--work-dir").arg(dir.path().join("none")).args(flags);
+        let output = command.args(["--format", "json"]).output().unwrap();
         serde_json::from_slice(&output.stdout).unwrap()
     };
     let peak = plan(&flags)["memory"]["peak"].as_u64().unwrap();

@@ -27,7 +27,7 @@ fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
     found
 }
 
-const METHODS: [&str; 1] = ["lite-awq"];
+const METHODS: [&str; 2] = ["lite-awq", "lite-gptq"];
 
 #[test]
 fn methods_know_no_layouts_files_or_tensors() {
@@ -56,7 +56,7 @@ fn layers_point_downwards() {
         &["lite-quant", "lite-model"],
         &["lite-calib", "lite-decoder"],
         &["lite-stats"],
-        &["lite-awq", "lite-pack"],
+        &["lite-awq", "lite-gptq", "lite-pack"],
         &["lite-runtime"],
         &["lite-job"],
     ];

@@ -126,7 +126,8 @@ def check_configs():
 def main():
     rng, tensors = np.random.default_rng(21), {}
     for bits in (2, 3, 4, 8):
-        case(tensors, rng, bits, 32, True, 32, 96)
+        # Widths that are no whole number of cache lines, where the fixture stays small.
+        case(tensors, rng, bits, 32, True, 32, 96 if bits in (3, 4) else 32)
         case(tensors, rng, bits, 16, False, 32, 64)
         case(tensors, rng, bits, -1, False, 32, 32)
     path = OUT / "gptq.safetensors"

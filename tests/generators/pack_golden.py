@@ -16,7 +16,12 @@ import numpy as np
 import torch
 from compressed_tensors import __version__ as ct_version
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    apply_quantization_config,
+)
 from safetensors.torch import save_file
 from transformers.utils.quantization_config import AwqConfig, CompressedTensorsConfig
 
@@ -93,16 +98,55 @@ def awq_case(tensors, rng, group, symmetric):
     case(tensors, f"awq/4/{group}/{'sym' if symmetric else 'asym'}", codes, zeros, scales, packed)
 
 
+def check_own_schemes(config):
+    """compressed-tensors gives every linear the scheme that its name asks for, before that of its class."""
+    layer = {"self_attn": ["q_proj", "o_proj"], "mlp": ["gate", "gate_proj", "down_proj"]}
+
+    def module(children):
+        parent = torch.nn.Module()
+        for name, child in children.items():
+            parent.add_module(name, child)
+        return parent
+
+    def linears(names):
+        return module({name: torch.nn.Linear(128, 128, bias=False) for name in names})
+
+    layers = [module({name: linears(own) for name, own in layer.items()}) for _ in range(2)]
+    model = module({"model": module({"layers": torch.nn.ModuleList(layers)}), "lm_head": torch.nn.Linear(128, 8)})
+    apply_quantization_config(model, QuantizationConfig.model_validate(config))
+    found = {
+        name: (child.quantization_scheme.weights.num_bits, child.quantization_scheme.weights.strategy)
+        for name, child in model.named_modules()
+        if getattr(child, "quantization_scheme", None) is not None
+    }
+    common = (4, "group")
+    assert found == {
+        "model.layers.0.self_attn.q_proj": common,
+        "model.layers.0.self_attn.o_proj": common,
+        "model.layers.0.mlp.gate": common,
+        "model.layers.0.mlp.gate_proj": common,
+        "model.layers.0.mlp.down_proj": (8, "group"),
+        "model.layers.1.self_attn.q_proj": common,
+        "model.layers.1.self_attn.o_proj": (4, "channel"),
+        "model.layers.1.mlp.gate_proj": common,
+        "model.layers.1.mlp.down_proj": (8, "group"),
+    }, found
+
+
 def check_configs():
     for name, config in json.loads((OUT / "ct_config.json").read_text()).items():
         parsed = QuantizationConfig.model_validate(config)
-        weights = parsed.config_groups["group_0"].weights
-        written = config["config_groups"]["group_0"]["weights"]
-        assert (weights.num_bits, weights.symmetric) == (written["num_bits"], written["symmetric"])
-        assert (weights.strategy, weights.group_size) == (written["strategy"], written["group_size"])
+        assert list(parsed.config_groups) == list(config["config_groups"])
+        for group, scheme in parsed.config_groups.items():
+            weights, written = scheme.weights, config["config_groups"][group]["weights"]
+            assert (weights.num_bits, weights.symmetric) == (written["num_bits"], written["symmetric"])
+            assert (weights.strategy, weights.group_size) == (written["strategy"], written["group_size"])
+            assert weights.actorder == written["actorder"]
+            assert scheme.format == "pack-quantized"
         assert parsed.ignore == config["ignore"]
         assert CompressedTensorsConfig(**config).is_quantization_compressed
         print(f"{name}: accepted by compressed-tensors {ct_version} and transformers")
+    check_own_schemes(json.loads((OUT / "ct_config.json").read_text())["w4_g128_sym_mixed"])
     for name, config in json.loads((OUT / "awq_config.json").read_text()).items():
         parsed = AwqConfig.from_dict(config)
         assert (parsed.bits, parsed.group_size, parsed.zero_point) == (4, config["group_size"], True)

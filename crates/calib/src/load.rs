@@ -104,13 +104,7 @@ pub fn load(
     let files = match fetch_all(&spec, fetch, false) {
         Ok(files) => files,
         Err(CalibError::Fetch { reason, .. }) if !request.explicit => {
-            let mut windows = built_in(tokenizer, request.samples, request.seqlen)?;
-            let note = format!(
-                "calibration dataset `{}` could not be fetched ({reason}); the built-in corpus is used instead",
-                spec.name
-            );
-            windows.notes.insert(0, note);
-            return Ok(windows);
+            return stand_in(&spec.name, &reason, fetch.offline(), tokenizer, request);
         }
         Err(e) => return Err(e),
     };
@@ -255,6 +249,31 @@ fn local(
     some_windows(&stream.ids, samples, seqlen, source, stream.notes)
 }
 
+/// The built-in corpus in place of a default set that cannot be had; one line says both facts.
+fn stand_in(
+    name: &str,
+    reason: &str,
+    offline: bool,
+    tokenizer: &ModelTokenizer,
+    request: &CalibRequest,
+) -> Result<Windows, CalibError> {
+    let mut windows = built_in(tokenizer, request.samples, request.seqlen)?;
+    let count = windows.tokens.len();
+    let all = if count < request.samples { format!(", all it gives (of {} asked for)", request.samples) } else { String::new() };
+    let reason = if offline { "offline" } else { reason };
+    // Replaces the corpus's own note on its length.
+    windows.notes.retain(|note| !note.starts_with(ALL_IT_GIVES));
+    let note = format!(
+        "`{name}` cannot be fetched ({reason}): calibrating on the built-in corpus instead, {count} windows of {} tokens{all}",
+        request.seqlen
+    );
+    windows.notes.insert(0, note);
+    Ok(windows)
+}
+
+/// How the note on a short built-in corpus begins.
+const ALL_IT_GIVES: &str = "all the built-in corpus gives";
+
 fn built_in(tokenizer: &ModelTokenizer, samples: usize, seqlen: usize) -> Result<Windows, CalibError> {
     let (documents, files) = builtin::documents()?;
     let needed = samples.saturating_mul(seqlen);
@@ -266,7 +285,7 @@ fn built_in(tokenizer: &ModelTokenizer, samples: usize, seqlen: usize) -> Result
     }
     let mut notes = stream.notes;
     if tokens.len() < samples {
-        notes.push(format!("calibrated on {} windows of {seqlen} tokens: all the built-in corpus gives", tokens.len()));
+        notes.push(format!("{ALL_IT_GIVES}: {} windows of {seqlen} tokens, {samples} were asked for", tokens.len()));
     }
     let source = SourceInfo {
         name: "builtin".to_owned(),
@@ -315,6 +334,7 @@ fn fetch_all(spec: &DatasetSpec, fetch: &dyn DatasetFetcher, eval: bool) -> Resu
             }
         }
         let Some((file, e)) = failed else { return Ok(files) };
+        let unreachable = matches!(e, FetchError::Failed(_));
         // The first place is the one to name: the others are older names and mirrors.
         first.get_or_insert_with(|| CalibError::Fetch {
             name: spec.name.clone(),
@@ -323,6 +343,10 @@ fn fetch_all(spec: &DatasetSpec, fetch: &dyn DatasetFetcher, eval: bool) -> Resu
             file: file.clone(),
             reason: if fetch.offline() { format!("the hub is offline: {e}") } else { e.to_string() },
         });
+        // A hub that does not answer will not answer for another name either.
+        if unreachable {
+            break;
+        }
     }
     Err(first.unwrap_or_else(|| CalibError::Unsupported(format!("`{}` has no files on the hub", spec.name))))
 }

@@ -22,7 +22,7 @@ fn the_builtin_corpus_gives_windows() {
     }
     let all = load(&request("builtin", 100_000, 512), &tokenizer(), &OFFLINE).expect("never an error");
     assert!(all.tokens.len() > 50 && all.tokens.len() < 100_000);
-    let note = format!("calibrated on {} windows of 512 tokens: all the built-in corpus gives", all.tokens.len());
+    let note = format!("all the built-in corpus gives: {} windows of 512 tokens, {} were asked for", all.tokens.len(), 100_000);
     assert!(all.notes.contains(&note), "{:?}", all.notes);
 }
 
@@ -32,7 +32,7 @@ fn a_default_set_falls_back_and_a_named_one_does_not() {
     wanted.explicit = false;
     let windows = load(&wanted, &tokenizer(), &OFFLINE).expect("falls back");
     assert_eq!(windows.source.name, "builtin");
-    assert!(windows.notes[0].contains("`wikitext2` could not be fetched") && windows.notes[0].contains("built-in"));
+    assert!(windows.notes[0].contains("`wikitext2` cannot be fetched") && windows.notes[0].contains("built-in"));
     wanted.explicit = true;
     let error = load(&wanted, &tokenizer(), &OFFLINE).expect_err("named");
     assert_eq!(error.kind(), ErrorKind::Io);

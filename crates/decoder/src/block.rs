@@ -133,6 +133,22 @@ impl Block {
     /// # Errors
     /// If `x` or `rope` do not fit, the device fails, or the tap does.
     pub fn forward<T: Tap>(&self, x: &Tensor, rope: &Rope, tap: &mut T) -> Result<Tensor, DecoderError> {
+        let shape = self.check_input(x, rope)?;
+        let at = |stream| InputId { block: self.spec.index, stream };
+        let residual = x.reshape((shape.0 * shape.1, shape.2))?.contiguous()?;
+        let normed = self.attn_in(&residual)?;
+        tap.input(at(Stream::AttnIn), &normed)?;
+        let heads = self.attn_out(&normed, rope)?;
+        tap.input(at(Stream::AttnOut), &heads)?;
+        let residual = self.after_attn(&residual, &heads)?;
+        let normed = self.mlp_in(&residual)?;
+        tap.input(at(Stream::MlpIn), &normed)?;
+        let middle = self.mlp_mid(&normed)?;
+        tap.input(at(Stream::MlpMid), &middle)?;
+        Ok(self.after_mlp(&residual, &middle)?.reshape(shape)?)
+    }
+
+    fn check_input(&self, x: &Tensor, rope: &Rope) -> Result<(usize, usize, usize), DecoderError> {
         let fits = matches!(x.dims(), &[windows, tokens, hidden]
             if windows > 0 && tokens == rope.tokens() && hidden == self.hidden && x.dtype() == DType::F32);
         if !fits {
@@ -145,53 +161,75 @@ impl Block {
                 self.hidden
             )));
         }
-        let (windows, tokens, hidden) = x.dims3()?;
-        let residual = x.reshape((windows * tokens, hidden))?.contiguous()?;
-        // Two functions, so that what attention needed is freed before the feed-forward allocates.
-        let residual = self.attention(residual, windows, rope, tap)?;
-        let out = self.feed_forward(&residual, tap)?;
-        Ok(out.reshape((windows, tokens, hidden))?)
+        Ok(x.dims3()?)
     }
 
-    /// `x + attn(norm(x))` for `x` `(windows·tokens, hidden)`.
-    fn attention<T: Tap>(
-        &self,
-        residual: Tensor,
-        windows: usize,
-        rope: &Rope,
-        tap: &mut T,
-    ) -> Result<Tensor, DecoderError> {
+    /// The first segment of [`Block::forward`]: the residual stream `(windows·tokens, hidden)` to the input of
+    /// q, k and v ([`Stream::AttnIn`]).
+    ///
+    /// The segments are the forward pass cut at the inputs of its linears, so that a caller can change weights
+    /// between two of them and go on from what it kept. `forward` is these segments in order.
+    ///
+    /// # Errors
+    /// If `residual` does not fit, or the device fails.
+    pub fn attn_in(&self, residual: &Tensor) -> Result<Tensor, DecoderError> {
+        self.norm(residual, &self.spec.norms.attn)
+    }
+
+    /// The second segment: q, k, v and attention, to the input of o ([`Stream::AttnOut`]). `normed` holds whole
+    /// windows of `rope.tokens()` rows.
+    ///
+    /// # Errors
+    /// If `normed` does not fit, or the device fails.
+    pub fn attn_out(&self, normed: &Tensor, rope: &Rope) -> Result<Tensor, DecoderError> {
+        let (rows, _) = normed.dims2()?;
+        let tokens = rope.tokens().max(1);
+        if rows == 0 || rows % tokens != 0 {
+            let reason = format!("{rows} rows are not whole windows of {tokens} tokens");
+            return Err(DecoderError::input(reason));
+        }
         let AttnSpec::Gqa(attn) = &self.spec.attn;
-        let heads = {
-            let normed = self.norm(&residual, &self.spec.norms.attn)?;
-            tap.input(self.at(Stream::AttnIn), &normed)?;
-            let inputs = Inputs {
-                projections: &self.apply(Stream::AttnIn, &normed)?,
-                windows,
-                q_norm: self.head_norm(attn.q_norm.as_ref())?,
-                k_norm: self.head_norm(attn.k_norm.as_ref())?,
-            };
-            attention(&inputs, attn, rope)?
+        let inputs = Inputs {
+            projections: &self.apply(Stream::AttnIn, normed)?,
+            windows: rows / tokens,
+            q_norm: self.head_norm(attn.q_norm.as_ref())?,
+            k_norm: self.head_norm(attn.k_norm.as_ref())?,
         };
-        tap.input(self.at(Stream::AttnOut), &heads)?;
-        ops::add(&residual, &self.linear(Role::O, &heads)?)
+        attention(&inputs, attn, rope)
     }
 
-    /// `x + mlp(norm(x))` for `x` `(windows·tokens, hidden)`.
-    fn feed_forward<T: Tap>(&self, residual: &Tensor, tap: &mut T) -> Result<Tensor, DecoderError> {
+    /// The third segment: o and the residual sum, to the residual stream between attention and feed-forward.
+    ///
+    /// # Errors
+    /// If the inputs do not fit, or the device fails.
+    pub fn after_attn(&self, residual: &Tensor, heads: &Tensor) -> Result<Tensor, DecoderError> {
+        ops::add(residual, &self.linear(Role::O, heads)?)
+    }
+
+    /// The fourth segment: to the input of gate and up ([`Stream::MlpIn`]).
+    ///
+    /// # Errors
+    /// If `residual` does not fit, or the device fails.
+    pub fn mlp_in(&self, residual: &Tensor) -> Result<Tensor, DecoderError> {
+        self.norm(residual, &self.spec.norms.mlp)
+    }
+
+    /// The fifth segment: gate, up and the nonlinearity, to the input of down ([`Stream::MlpMid`]).
+    ///
+    /// # Errors
+    /// If `normed` does not fit, or the device fails.
+    pub fn mlp_mid(&self, normed: &Tensor) -> Result<Tensor, DecoderError> {
         let MlpSpec::Gated(mlp) = &self.spec.mlp;
-        let middle = {
-            let normed = self.norm(residual, &self.spec.norms.mlp)?;
-            tap.input(self.at(Stream::MlpIn), &normed)?;
-            let parts: Vec<Tensor> = self.apply(Stream::MlpIn, &normed)?.into_iter().map(|(_, out)| out).collect();
-            ops::gated(&parts, mlp.intermediate, mlp.activation)?
-        };
-        tap.input(self.at(Stream::MlpMid), &middle)?;
-        ops::add(residual, &self.linear(Role::Down, &middle)?)
+        let parts: Vec<Tensor> = self.apply(Stream::MlpIn, normed)?.into_iter().map(|(_, out)| out).collect();
+        ops::gated(&parts, mlp.intermediate, mlp.activation)
     }
 
-    fn at(&self, stream: Stream) -> InputId {
-        InputId { block: self.spec.index, stream }
+    /// The last segment: down and the residual sum, to the block's output `(windows·tokens, hidden)`.
+    ///
+    /// # Errors
+    /// If the inputs do not fit, or the device fails.
+    pub fn after_mlp(&self, residual: &Tensor, middle: &Tensor) -> Result<Tensor, DecoderError> {
+        ops::add(residual, &self.linear(Role::Down, middle)?)
     }
 
     fn norm(&self, x: &Tensor, norm: &NormSpec) -> Result<Tensor, DecoderError> {

@@ -53,7 +53,13 @@ impl<'a> HubFetcher<'a> {
     /// # Errors
     /// [`JobError::Hub`] for a setting that cannot be used.
     pub fn new(recipe: &Recipe, observer: &'a dyn Observer, cancel: &'a AtomicBool) -> Result<Self, JobError> {
-        Ok(Self { options: options(recipe)?, observer, cancel })
+        let mut options = options(recipe)?;
+        if recipe.calib.dataset.is_none() {
+            // The default set has a stand-in: a machine without a route should not wait long for it.
+            options.retry.tries = 2;
+            options.timeouts.connect = Duration::from_secs(5);
+        }
+        Ok(Self { options, observer, cancel })
     }
 }
 

@@ -45,6 +45,8 @@ pub struct Plan {
     pub tensors: Vec<TensorPlan>,
     /// `quantization_config` of the output.
     pub quantization_config: serde_json::Value,
+    /// Files that the layout wants beside the weights.
+    pub layout_files: Vec<(&'static str, serde_json::Value)>,
     /// Type of plain tensors that are converted, and its name in `config.json`.
     pub dtype: Option<(Dtype, &'static str)>,
     /// Calibration windows; 0 without data.
@@ -225,6 +227,7 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
     }
     WorkDir::check(&recipe.work_dir, Some(checkpoint.root()), recipe.overwrite)?;
     let work = costs.work();
+    let config_facts = ConfigFacts { ignored, ..ConfigFacts::new(scheme) };
     Ok(Plan {
         model: checkpoint.root().to_owned(),
         arch,
@@ -232,7 +235,8 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
         range: recipe.range,
         method: recipe.method,
         layout,
-        quantization_config: layout.quantization_config(&ConfigFacts { ignored, ..ConfigFacts::new(scheme) })?,
+        quantization_config: layout.quantization_config(&config_facts)?,
+        layout_files: layout.side_files(&config_facts)?,
         dtype,
         windows,
         seqlen,

@@ -397,6 +397,9 @@ impl Runner<'_> {
             set.push((key, serde_json::Value::from(name)));
         }
         set.push(("quantization_config", self.plan.quantization_config.clone()));
+        for (name, value) in &self.plan.layout_files {
+            atomic_write(&staging.join(name), format!("{value:#}\n").as_bytes())?;
+        }
         let text = edit_config(self.checkpoint.config_text(), &set)?;
         Ok(atomic_write(&staging.join("config.json"), text.as_bytes())?)
     }

@@ -3,7 +3,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
-use crate::config::{boolean, integer, names, unsupported};
+use crate::config::{boolean, distinct_overrides, integer, names, unsupported};
 use crate::layout::{Layout, PackedTensor, TensorRef, TensorSpec};
 use crate::tensors::{
     Reader, SCALE_DTYPES, WORD_DTYPES, check_symmetry, check_weight, decode_scales, dtype_of, encode_scales, groups,
@@ -98,7 +98,12 @@ impl Layout for Awq {
         })
     }
 
-    fn quantization_config(&self, facts: &ConfigFacts) -> Value {
+    fn mixes(&self, _common: &Scheme, _other: &Scheme) -> Result<(), &'static str> {
+        Err("its config has one number of bits and one group size for all of them")
+    }
+
+    fn quantization_config(&self, facts: &ConfigFacts) -> Result<Value, PackError> {
+        distinct_overrides(self, facts)?;
         let mut config = json!({
             "quant_method": NAME,
             "version": "gemm",
@@ -113,7 +118,7 @@ impl Layout for Awq {
         if !facts.ignored.is_empty() {
             config["modules_to_not_convert"] = json!(facts.ignored);
         }
-        config
+        Ok(config)
     }
 
     fn parse_config(&self, config: &Map<String, Value>) -> Result<ParsedConfig, PackError> {
@@ -131,7 +136,8 @@ impl Layout for Awq {
         let group_size = integer(config, "", &["group_size", "q_group_size"])?;
         let symmetric = !boolean(config, "", "zero_point", None)?;
         let scheme = Scheme::new(bits, group_size, symmetric, ParsedConfig::UNKNOWN_SCALE_DTYPE)?;
-        Ok(ParsedConfig { scheme, ignored: names(config, "modules_to_not_convert")? })
+        let ignored = names(config, "", "modules_to_not_convert")?;
+        Ok(ParsedConfig { scheme, ignored, overrides: Vec::new() })
     }
 }
 

@@ -8,13 +8,26 @@ use crate::{Layout, PackError, all};
 /// What a layout needs to know to write its `quantization_config`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigFacts {
-    /// The scheme of every quantized linear.
+    /// The scheme of every quantized linear without an override.
     pub scheme: Scheme,
     /// Full module name of **every** linear that is not quantized: the head, routers, vision towers.
     /// Engines match a class name by substring and would take an unlisted one for quantized.
     pub ignored: Vec<String>,
     /// Full module name of the output head if it is quantized, which vLLM has to be told.
     pub lm_head: Option<String>,
+    /// Full module names of quantized linears with another scheme than [`scheme`](Self::scheme), and
+    /// that scheme. One that differs in the type of its scales only needs no entry.
+    pub overrides: Vec<(String, Scheme)>,
+    /// Whether columns were solved in the order of their activations. They are stored in their own
+    /// order all the same, so readers need not know.
+    pub act_order: bool,
+}
+
+impl ConfigFacts {
+    /// Every linear quantized with this scheme, in the order of its columns.
+    pub fn new(scheme: Scheme) -> Self {
+        Self { scheme, ignored: Vec::new(), lm_head: None, overrides: Vec::new(), act_order: false }
+    }
 }
 
 /// What a `quantization_config` says.
@@ -25,9 +38,16 @@ pub struct ParsedConfig {
     pub scheme: Scheme,
     /// Module names, or patterns of foreign tools, that are not quantized.
     pub ignored: Vec<String>,
+    /// Full module names with another scheme, and that scheme.
+    pub overrides: Vec<(String, Scheme)>,
 }
 
 impl ParsedConfig {
+    /// The scheme of a quantized module.
+    pub fn scheme_of(&self, module: &str) -> &Scheme {
+        self.overrides.iter().find(|(name, _)| name == module).map_or(&self.scheme, |(_, scheme)| scheme)
+    }
+
     /// Stands in [`ParsedConfig::scheme`] for the type that only the tensors know.
     pub const UNKNOWN_SCALE_DTYPE: ScaleDtype = ScaleDtype::F16;
 }
@@ -43,6 +63,9 @@ const INNER_CONFIGS: [&str; 3] = ["text_config", "llm_config", "language_config"
 /// # Errors
 /// [`PackError::UnsupportedConfig`] for an unknown `quant_method` or an option that is not read,
 /// [`PackError::Config`] for a key that is missing or has the wrong type.
+///
+/// Unpack with the layout that is returned, not with another of the same name: it knows what the config
+/// says of the tensors.
 pub fn detect(config: &Map<String, Value>) -> Result<Option<(&'static dyn Layout, ParsedConfig)>, PackError> {
     let inner = INNER_CONFIGS.iter().filter_map(|key| config.get(*key)?.as_object());
     let found = std::iter::once(config)
@@ -55,12 +78,35 @@ pub fn detect(config: &Map<String, Value>) -> Result<Option<(&'static dyn Layout
     let wanted = || all().iter().map(|layout| format!("{:?}", layout.quant_method())).collect::<Vec<_>>().join(" or ");
     match quantization.get("quant_method") {
         Some(Value::String(method)) => match all().iter().find(|layout| layout.quant_method() == method) {
-            Some(layout) => Ok(Some((*layout, layout.parse_config(quantization)?))),
+            Some(layout) => {
+                let parsed = layout.parse_config(quantization)?;
+                Ok(Some((layout.reader(quantization)?.unwrap_or(*layout), parsed)))
+            }
             None => Err(unsupported("quant_method", &Value::String(method.clone()), &wanted())),
         },
         Some(other) => Err(wrong("quant_method", other, &wanted())),
         None => Err(missing("quant_method", &wanted())),
     }
+}
+
+/// Whether a config tells two schemes apart: it does not know the type of scales.
+pub(crate) fn same_codes(a: &Scheme, b: &Scheme) -> bool {
+    Scheme { scale_dtype: b.scale_dtype, ..*a } == *b
+}
+
+/// The overrides that say something, with the common type of scales, if the layout can hold them.
+pub(crate) fn distinct_overrides<'f>(
+    layout: &dyn Layout,
+    facts: &'f ConfigFacts,
+) -> Result<Vec<(&'f str, Scheme)>, PackError> {
+    let common = &facts.scheme;
+    let distinct = facts.overrides.iter().filter(|(_, scheme)| !same_codes(scheme, common));
+    distinct
+        .map(|(name, scheme)| match layout.mixes(common, scheme) {
+            Ok(()) => Ok((name.as_str(), Scheme { scale_dtype: common.scale_dtype, ..*scheme })),
+            Err(why) => Err(PackError::Override { layout: layout.name(), module: name.clone(), why }),
+        })
+        .collect()
 }
 
 /// `path.key`, or `key` at the top.
@@ -126,13 +172,13 @@ pub(crate) fn object<'c>(
 }
 
 /// A list of strings; absent and null are empty.
-pub(crate) fn names(config: &Map<String, Value>, key: &str) -> Result<Vec<String>, PackError> {
+pub(crate) fn names(config: &Map<String, Value>, path: &str, key: &str) -> Result<Vec<String>, PackError> {
+    let wrong = |value| wrong(&join(path, key), value, "a list of strings");
     match config.get(key) {
         None | Some(Value::Null) => Ok(Vec::new()),
-        Some(Value::Array(list)) => list
-            .iter()
-            .map(|name| name.as_str().map(str::to_owned).ok_or_else(|| wrong(key, name, "a list of strings")))
-            .collect(),
-        Some(other) => Err(wrong(key, other, "a list of strings")),
+        Some(Value::Array(list)) => {
+            list.iter().map(|name| name.as_str().map(str::to_owned).ok_or_else(|| wrong(name))).collect()
+        }
+        Some(other) => Err(wrong(other)),
     }
 }

@@ -125,6 +125,27 @@ pub enum PackError {
         /// Bytes the shape asks for.
         wanted: usize,
     },
+    /// Zero points that can be read in two ways, of which one is wrong.
+    #[error("tensor `{suffix}` can be read in two ways: {why}")]
+    AmbiguousZeros {
+        /// The name after the module's.
+        suffix: &'static str,
+        /// Which two, and how to decide.
+        why: String,
+    },
+    /// A module has another scheme than the others, and the layout takes one only.
+    #[error(
+        "layout `{layout}` cannot hold `{module}` with a scheme of its own: {why}; use one scheme, or layout \
+         `compressed-tensors`"
+    )]
+    Override {
+        /// The layout.
+        layout: &'static str,
+        /// The full name of the module.
+        module: String,
+        /// What is in the way.
+        why: &'static str,
+    },
     /// One element of a tensor is out of range.
     #[error("`{what}` is {found} at row {row}, column {column}, wanted {wanted}")]
     Value {
@@ -170,6 +191,7 @@ impl PackError {
             | Self::Shape { .. }
             | Self::Unexpected { .. }
             | Self::PaddedPacking { .. }
+            | Self::Override { .. }
             | Self::UnsupportedConfig { .. } => ErrorKind::Unsupported,
             Self::Quant(_)
             | Self::TooLarge { .. }
@@ -177,6 +199,7 @@ impl PackError {
             | Self::Dtype { .. }
             | Self::TensorShape { .. }
             | Self::ByteLength { .. }
+            | Self::AmbiguousZeros { .. }
             | Self::Value { .. }
             | Self::Config { .. } => ErrorKind::Input,
         }

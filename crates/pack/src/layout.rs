@@ -4,6 +4,7 @@ use serde_json::{Map, Value};
 
 use crate::awq::Awq;
 use crate::compressed_tensors::CompressedTensors;
+use crate::gptq::Gptq;
 use crate::{ConfigFacts, PackError, ParsedConfig};
 
 /// Name, type and shape of one tensor of a packed linear, known before any maths.
@@ -81,7 +82,8 @@ pub trait Layout: Sync {
     /// # Errors
     /// As [`check`](Self::check), and [`PackError::Missing`], [`PackError::Unexpected`],
     /// [`PackError::Dtype`], [`PackError::TensorShape`], [`PackError::ByteLength`],
-    /// [`PackError::PaddedPacking`] or [`PackError::Value`], each naming the suffix.
+    /// [`PackError::PaddedPacking`], [`PackError::AmbiguousZeros`] or [`PackError::Value`], each naming
+    /// the suffix.
     fn unpack<'a>(
         &self,
         scheme: &Scheme,
@@ -90,17 +92,51 @@ pub trait Layout: Sync {
         get: &dyn Fn(&str) -> Option<TensorRef<'a>>,
     ) -> Result<QuantizedLinear, PackError>;
 
+    /// Whether one checkpoint can hold linears of `other` beside those of the `common` scheme.
+    ///
+    /// # Errors
+    /// What is in the way, in words.
+    fn mixes(&self, common: &Scheme, other: &Scheme) -> Result<(), &'static str>;
+
     /// The value of `quantization_config` for `config.json`.
-    fn quantization_config(&self, facts: &ConfigFacts) -> Value;
+    ///
+    /// # Errors
+    /// [`PackError::Override`] if a module has another scheme and the layout takes one only.
+    fn quantization_config(&self, facts: &ConfigFacts) -> Result<Value, PackError>;
+
+    /// Files beside `config.json` that readers of this layout look for: name and content.
+    ///
+    /// # Errors
+    /// As [`quantization_config`](Self::quantization_config).
+    fn side_files(&self, facts: &ConfigFacts) -> Result<Vec<(&'static str, Value)>, PackError> {
+        let _ = facts;
+        Ok(Vec::new())
+    }
 
     /// Reads a `quantization_config` of this layout.
     ///
     /// # Errors
     /// [`PackError::Config`] or [`PackError::UnsupportedConfig`], naming the key.
     fn parse_config(&self, config: &Map<String, Value>) -> Result<ParsedConfig, PackError>;
+
+    /// The same layout with what this config says of the tensors, `None` if it says nothing that
+    /// [`unpack`](Self::unpack) needs. [`detect`](crate::detect) returns it.
+    ///
+    /// # Errors
+    /// As [`parse_config`](Self::parse_config).
+    fn reader(&self, config: &Map<String, Value>) -> Result<Option<&'static dyn Layout>, PackError> {
+        let _ = config;
+        Ok(None)
+    }
 }
 
-static LAYOUTS: [&dyn Layout; 2] = [&Awq, &CompressedTensors];
+impl std::fmt::Debug for dyn Layout {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+static LAYOUTS: [&dyn Layout; 3] = [&Awq, &CompressedTensors, &Gptq::WRITTEN];
 
 /// Every layout, in the order of the documentation.
 pub fn all() -> &'static [&'static dyn Layout] {

@@ -11,8 +11,10 @@
 //! |---|---|---|---|
 //! | `awq` | `qweight` I32 `[K, N/8]` | `scales` `[G, N]` | `qzeros` I32 `[G, N/8]` |
 //! |`compressed-tensors`|`weight_packed` I32 `[N, ⌈K·b/32⌉]`|`weight_scale` `[N, G]`|`weight_zero_point` I32 `[⌈N·b/32⌉, G]`|
+//! | `gptq` | `qweight` I32 `[K·b/32, N]` | `scales` `[G, N]` | `qzeros` I32 `[G, N·b/32]` |
 //!
-//! compressed-tensors adds `weight_shape` I64 `[2]` and drops the zero points of symmetric schemes.
+//! compressed-tensors adds `weight_shape` I64 `[2]` and drops the zero points of symmetric schemes; gptq
+//! adds `g_idx` I32 `[K]`, the group of every input channel.
 #![forbid(unsafe_code)]
 
 mod awq;
@@ -20,6 +22,7 @@ mod bits;
 mod compressed_tensors;
 mod config;
 mod error;
+mod gptq;
 mod layout;
 pub mod targets;
 mod tensors;

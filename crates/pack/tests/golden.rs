@@ -1,5 +1,6 @@
 //! Both directions against tensors made by compressed-tensors' own compressor and by AutoAWQ's
-//! published packing loop (`tests/generators/pack_golden.py`), and configs that their readers accept.
+//! published packing loop (`tests/generators/pack_golden.py`), and by an independent GPTQ packer
+//! (`tests/generators/gptq_golden.py`), and configs that their readers accept.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -20,18 +21,23 @@ fn config_fixture(name: &str) -> BTreeMap<String, Value> {
 
 #[test]
 fn foreign_tensors_are_written_and_read() {
-    let bytes = fixture("golden.safetensors");
+    written_and_read("golden.safetensors", 24);
+    written_and_read("gptq.safetensors", 12);
+}
+
+fn written_and_read(name: &str, count: usize) {
+    let bytes = fixture(name);
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let mut cases: Vec<String> =
         file.names().iter().filter_map(|name| name.strip_suffix("/codes").map(str::to_owned)).collect();
     cases.sort();
-    assert_eq!(cases.len(), 24, "the fixture is complete");
+    assert_eq!(cases.len(), count, "the fixture is complete");
     for case in cases {
         let parts: Vec<&str> = case.split('/').collect();
         let [name, bits, group, kind] = parts[..] else { panic!("{case}") };
         let layout = layout(name).unwrap();
         let get = |suffix: &str| {
-            // The given `scales` are f32; AWQ's packed tensor has the same name.
+            // The given `scales` are f32; the packed tensor of AWQ and GPTQ has the same name.
             let stored = if suffix == "scales" { "scales_packed" } else { suffix };
             file.tensor(&format!("{case}/{stored}")).ok()
         };
@@ -74,29 +80,76 @@ fn foreign_tensors_are_written_and_read() {
 
 fn facts(bits: i64, group: i64, symmetric: bool, ignored: &[&str], lm_head: Option<&str>) -> ConfigFacts {
     ConfigFacts {
-        scheme: Scheme::new(bits, group, symmetric, ScaleDtype::F16).unwrap(),
         ignored: ignored.iter().map(|&name| name.to_owned()).collect(),
         lm_head: lm_head.map(str::to_owned),
+        ..ConfigFacts::new(scheme(bits, group, symmetric))
     }
 }
 
-/// `pack_golden.py` has compressed-tensors and transformers parse the same files.
+fn scheme(bits: i64, group: i64, symmetric: bool) -> Scheme {
+    Scheme::new(bits, group, symmetric, ScaleDtype::F16).unwrap()
+}
+
+fn with_overrides(facts: ConfigFacts, overrides: &[(&str, Scheme)]) -> ConfigFacts {
+    ConfigFacts { overrides: overrides.iter().map(|(name, scheme)| ((*name).to_owned(), *scheme)).collect(), ..facts }
+}
+
+/// `pack_golden.py` and `gptq_golden.py` have the readers parse the same files.
 #[test]
 fn configs_are_the_ones_their_readers_accept() {
+    let plain = ["lm_head", "model.layers.1.mlp.gate"];
+    let wide = scheme(8, 128, true);
+    let gptq_mixed = with_overrides(
+        facts(4, 128, true, &plain, None),
+        &[
+            ("model.layers.0.mlp.down_proj", wide),
+            ("model.layers.1.self_attn.q_proj", wide),
+            ("model.layers.1.self_attn.k_proj", wide),
+            ("model.layers.1.self_attn.v_proj", wide),
+            ("model.layers.2.mlp.experts.0.gate_proj", scheme(4, 32, true)),
+            ("model.layers.2.mlp.experts.0.up_proj", scheme(4, 32, true)),
+            ("model.layers.2.mlp.experts.0.down_proj", scheme(4, 32, true)),
+        ],
+    );
+    let ct_mixed = with_overrides(
+        ConfigFacts { act_order: true, ..facts(4, 128, true, &plain, None) },
+        &[
+            ("model.layers.0.mlp.down_proj", wide),
+            ("model.layers.1.self_attn.o_proj", scheme(4, -1, false)),
+            ("model.layers.1.mlp.down_proj", wide),
+        ],
+    );
     let cases = [
         ("compressed-tensors", "w4_g128_asym", facts(4, 128, false, &["lm_head", "model.layers.0.mlp.gate"], None)),
         ("compressed-tensors", "w8_channel_sym", facts(8, -1, true, &["lm_head"], None)),
         ("compressed-tensors", "w3_g64_sym_head", facts(3, 64, true, &[], Some("lm_head"))),
+        ("compressed-tensors", "w4_g128_sym_mixed", ct_mixed),
         ("awq", "g128", facts(4, 128, false, &["lm_head"], None)),
         ("awq", "g64_head", facts(4, 64, false, &[], Some("lm_head"))),
+        ("gptq", "w4_g128_sym", facts(4, 128, true, &["lm_head"], None)),
+        ("gptq", "w3_channel_asym_head", facts(3, -1, false, &[], Some("lm_head"))),
+        ("gptq", "w4_g128_sym_mixed", gptq_mixed),
     ];
-    let (ct, awq) = (config_fixture("ct_config.json"), config_fixture("awq_config.json"));
-    assert_eq!(ct.len() + awq.len(), cases.len());
+    let fixtures = ["ct_config.json", "awq_config.json", "gptq_config.json"].map(config_fixture);
+    assert_eq!(fixtures.iter().map(BTreeMap::len).sum::<usize>(), cases.len());
     for (name, key, facts) in cases {
-        let wanted = &if name == "awq" { &awq } else { &ct }[key];
-        let written = layout(name).unwrap().quantization_config(&facts);
+        let wanted = &fixtures[["compressed-tensors", "awq", "gptq"].iter().position(|known| *known == name).unwrap()];
+        let layout = layout(name).unwrap();
+        let written = layout.quantization_config(&facts).unwrap();
         // As text, so that the order of keys is held too.
-        assert_eq!(serde_json::to_string_pretty(&written).unwrap(), serde_json::to_string_pretty(wanted).unwrap());
+        assert_eq!(
+            serde_json::to_string_pretty(&written).unwrap(),
+            serde_json::to_string_pretty(&wanted[key]).unwrap(),
+            "{name} {key}"
+        );
+        let side = layout.side_files(&facts).unwrap();
+        match name {
+            "gptq" => assert_eq!(side, [("quantize_config.json", written.clone())]),
+            _ => assert_eq!(side, []),
+        }
+        // What is outside the blocks is not mentioned in `dynamic`.
+        let told = |module: &&String| name != "gptq" || module.contains(".layers.");
+        let ignored: Vec<String> = facts.ignored.iter().filter(told).cloned().collect();
 
         for config in
             [json!({ "quantization_config": written }), json!({ "text_config": { "quantization_config": written } })]
@@ -104,8 +157,36 @@ fn configs_are_the_ones_their_readers_accept() {
             let Value::Object(config) = config else { unreachable!() };
             let (found, parsed) = detect(&config).unwrap().unwrap();
             assert_eq!(found.name(), name);
-            assert_eq!((parsed.scheme, &parsed.ignored), (facts.scheme, &facts.ignored), "{key}");
+            assert_eq!((parsed.scheme, &parsed.ignored), (facts.scheme, &ignored), "{key}");
+            let sorted = |overrides: &[(String, Scheme)]| overrides.iter().cloned().collect::<BTreeMap<_, _>>();
+            assert_eq!(sorted(&parsed.overrides), sorted(&facts.overrides), "{key}");
+            for (module, scheme) in &facts.overrides {
+                assert_eq!(parsed.scheme_of(module), scheme);
+            }
+            assert_eq!(*parsed.scheme_of("model.layers.3.mlp.up_proj"), facts.scheme);
         }
+    }
+}
+
+#[test]
+fn overrides_that_a_layout_cannot_hold_are_named() {
+    let name = "model.layers.0.mlp.down_proj";
+    let mixed = |common: Scheme, other| with_overrides(ConfigFacts::new(common), &[(name, other)]);
+    let refused = |layout_name: &str, facts: &ConfigFacts| {
+        let error = layout(layout_name).unwrap().quantization_config(facts).unwrap_err();
+        assert_eq!(error.kind().exit_code(), 4);
+        assert!(error.to_string().contains(name), "{error}");
+    };
+    refused("awq", &mixed(scheme(4, 128, false), scheme(4, 64, false)));
+    let both = mixed(scheme(4, 128, true), scheme(4, 128, false));
+    refused("gptq", &both);
+    assert!(layout("gptq").unwrap().side_files(&both).is_err());
+    // The same scheme, or one that differs in what no config tells, is no override.
+    let same = Scheme { scale_dtype: ScaleDtype::BF16, ..scheme(4, 128, false) };
+    for layout in lite_pack::all() {
+        let facts = mixed(scheme(4, 128, false), same);
+        let alone = ConfigFacts::new(facts.scheme);
+        assert_eq!(layout.quantization_config(&facts).unwrap(), layout.quantization_config(&alone).unwrap());
     }
 }
 
@@ -122,16 +203,39 @@ fn plain_and_foreign_configs_are_told_apart() {
         Ok(_) => panic!("{value} was accepted"),
     };
     let ct = |changes: &[(&str, Value)]| {
-        let mut config = layout("compressed-tensors").unwrap().quantization_config(&facts(4, 128, false, &[], None));
+        let mut config =
+            layout("compressed-tensors").unwrap().quantization_config(&facts(4, 128, false, &[], None)).unwrap();
         for (pointer, value) in changes {
             *config.pointer_mut(pointer).unwrap() = value.clone();
         }
         config
     };
+    let gptq = |changes: &[(&str, Value)]| {
+        let mut config = layout("gptq").unwrap().quantization_config(&facts(4, 128, true, &[], None)).unwrap();
+        changes.iter().for_each(|(key, value)| config[*key] = value.clone());
+        config
+    };
+    let two_groups = |targets: Value| {
+        let mut config = ct(&[]);
+        config["config_groups"]["group_1"] = config["config_groups"]["group_0"].clone();
+        config["config_groups"]["group_1"]["targets"] = targets;
+        config
+    };
     let group = "/config_groups/group_0";
     let weights = |key: &str| format!("{group}/weights/{key}");
     let cases: Vec<(Value, i32, &str)> = vec![
-        (json!({ "quant_method": "gptq", "bits": 4 }), 4, "gptq"),
+        (json!({ "quant_method": "hqq", "bits": 4 }), 4, "hqq"),
+        (gptq(&[("bits", json!(5))]), 4, "bits"),
+        (gptq(&[("bits", json!("4"))]), 3, "bits"),
+        (gptq(&[("group_size", json!(null))]), 3, "group_size"),
+        (gptq(&[("group_size", json!(100))]), 4, "group size 100"),
+        (gptq(&[("sym", json!(1))]), 3, "sym"),
+        (gptq(&[("checkpoint_format", json!("marlin"))]), 4, "checkpoint_format"),
+        (gptq(&[("pack_dtype", json!("int64"))]), 4, "pack_dtype"),
+        (gptq(&[("dynamic", json!([]))]), 3, "dynamic"),
+        (gptq(&[("dynamic", json!({ "+:.*down.*": { "bits": 8 } }))]), 4, "dynamic.+:.*down.*"),
+        (gptq(&[("dynamic", json!({ "^a$": 8 }))]), 3, "dynamic.^a$"),
+        (gptq(&[("dynamic", json!({ "+:^a$": { "bits": 5 } }))]), 4, "dynamic.+:^a$.bits"),
         (json!({ "quant_method": 7 }), 3, "quant_method"),
         (json!({}), 3, "quant_method"),
         (json!("awq"), 3, "an object"),
@@ -154,6 +258,9 @@ fn plain_and_foreign_configs_are_told_apart() {
         (ct(&[(&weights("num_bits"), json!(16))]), 4, "16 bits"),
         (ct(&[(&weights("dynamic"), json!("yes"))]), 3, "dynamic"),
         (ct(&[("/ignore", json!([1]))]), 3, "ignore"),
+        (two_groups(json!(["re:.*down_proj"])), 4, "config_groups.group_1.targets"),
+        (two_groups(json!(["Linear"])), 4, "config_groups.group_1.targets"),
+        (two_groups(json!([1])), 3, "config_groups.group_1.targets"),
     ];
     for (config, code, part) in cases {
         let (found, message) = refused(config.clone());
@@ -164,6 +271,9 @@ fn plain_and_foreign_configs_are_told_apart() {
     let lenient = [
         ct(&[(&weights("actorder"), json!("static"))]),
         ct(&[(&format!("{group}/format"), json!(null))]),
+        gptq(&[("desc_act", json!(true)), ("dynamic", json!({ "-:.*gate.*": {}, "^a$": { "sym": true } }))]),
+        gptq(&[("checkpoint_format", json!(null)), ("format", json!("gptq_v2")), ("dynamic", json!(null))]),
+        two_groups(json!(["model.layers.0.mlp.down_proj"])),
         json!({ "quant_method": "awq", "w_bit": 4, "q_group_size": 64, "zero_point": true, "version": "GEMM" }),
     ];
     for config in lenient {

@@ -56,6 +56,14 @@ proptest! {
             if layout.name() == "awq" {
                 let scheme = Scheme { bits: 4, ..weight.scheme };
                 weight = self::weight(scheme, 8 * wide, weight.in_features, wide as u64);
+            } else if layout.name() == "gptq" {
+                let scheme = Scheme { bits: [2, 3, 4, 8][wide % 4], ..weight.scheme };
+                // The next multiple of 32 is a whole number of groups of 16 and more.
+                let k = match scheme.group_size {
+                    GroupSize::Channels(width) => weight.in_features / width * width.max(32),
+                    GroupSize::Channel => 32 * (1 + weight.in_features % 6),
+                };
+                weight = self::weight(scheme, 32 * (1 + wide % 4), k, wide as u64);
             }
             let QuantizedLinear { scheme, out_features: n, in_features: k, .. } = weight;
             let specs = layout.describe(&scheme, n, k).unwrap();
@@ -77,9 +85,13 @@ proptest! {
     #[test]
     fn damaged_tensors_are_named(which in any::<prop::sample::Index>(), damage in 0..4, bits in 2u8..=8) {
         for layout in all() {
-            let bits = if layout.name() == "awq" { 4 } else { bits };
+            let bits = match layout.name() {
+                "awq" => 4,
+                "gptq" => [2, 3, 4, 8][usize::from(bits) % 4],
+                _ => bits,
+            };
             let scheme = scheme(bits, false);
-            let mut packed = layout.pack(&weight(scheme, 16, 48, 7)).unwrap();
+            let mut packed = layout.pack(&weight(scheme, 32, 96, 7)).unwrap();
             let at = which.index(packed.len());
             let suffix = packed[at].suffix;
             match damage {
@@ -88,7 +100,7 @@ proptest! {
                 2 => packed[at].dtype = Dtype::U8,
                 _ => { packed.remove(at); }
             }
-            let error = layout.unpack(&scheme, 16, 48, &lookup(&packed)).unwrap_err();
+            let error = layout.unpack(&scheme, 32, 96, &lookup(&packed)).unwrap_err();
             prop_assert!(error.to_string().contains(&format!("`{suffix}`")), "{}", error);
             prop_assert_eq!(error.kind(), ErrorKind::Input);
         }
@@ -125,6 +137,13 @@ fn layouts_refuse_what_they_cannot_hold() {
     assert!(matches!(awq.check(&scheme(4, false), 12, 32), Err(PackError::Shape { .. })));
     assert!(matches!(ct.check(&scheme(9, false), 16, 32), Err(PackError::Bits { found: 9, .. })));
     assert!(ct.check(&scheme(4, true), 13, 32).is_ok());
+    let gptq = layout("gptq").unwrap();
+    for bits in 2..=8 {
+        let found = gptq.check(&scheme(bits, true), 32, 64);
+        assert_eq!(matches!(found, Err(PackError::Bits { .. })), matches!(bits, 5..=7), "{bits}");
+    }
+    assert!(matches!(gptq.check(&scheme(4, true), 40, 64), Err(PackError::Shape { .. })));
+    assert!(matches!(gptq.check(&scheme(4, true), 32, 48), Err(PackError::Shape { .. })));
     for layout in all() {
         assert!(matches!(layout.check(&scheme(4, false), 16, 40), Err(PackError::Quant(_))), "K is not whole groups");
         assert!(matches!(layout.check(&scheme(4, false), 0, 32), Err(PackError::Shape { .. })));
@@ -145,7 +164,7 @@ fn a_weight_that_breaks_its_invariants_is_not_packed() {
     ];
     for layout in all() {
         for (what, symmetric, breaks) in cases {
-            let mut weight = weight(scheme(4, symmetric), 8, 32, 5);
+            let mut weight = weight(scheme(4, symmetric), 32, 32, 5);
             breaks(&mut weight);
             let error = layout.pack(&weight).unwrap_err();
             assert!(error.to_string().contains(what), "{error}");
@@ -157,13 +176,13 @@ fn a_weight_that_breaks_its_invariants_is_not_packed() {
 #[test]
 fn values_in_a_file_are_checked() {
     // A NaN scale, at row 1 of the file.
-    for (layout, suffix) in [("awq", "scales"), ("compressed-tensors", "weight_scale")] {
+    for (layout, suffix) in [("awq", "scales"), ("gptq", "scales"), ("compressed-tensors", "weight_scale")] {
         let layout = layout_of(layout);
-        let mut packed = layout.pack(&weight(scheme(4, false), 8, 32, 1)).unwrap();
+        let mut packed = layout.pack(&weight(scheme(4, false), 32, 32, 1)).unwrap();
         let scales = packed.iter_mut().find(|tensor| tensor.suffix == suffix).unwrap();
         let row = scales.data.len() / scales.shape[0];
         scales.data[row..row + 2].copy_from_slice(&[0xff, 0x7e]);
-        let error = layout.unpack(&scheme(4, false), 8, 32, &lookup(&packed)).unwrap_err();
+        let error = layout.unpack(&scheme(4, false), 32, 32, &lookup(&packed)).unwrap_err();
         assert!(matches!(error, PackError::Value { what, row: 1, column: 0, .. } if what == suffix), "{error}");
     }
     // Asymmetric zero points where the config says symmetric.

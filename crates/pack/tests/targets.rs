@@ -9,7 +9,7 @@ fn scheme(bits: i64, group: i64, symmetric: bool) -> Scheme {
 }
 
 fn site(name: &str, group: Option<&str>, n: usize, k: usize) -> SiteFacts {
-    SiteFacts { name: name.to_owned(), fused_group: group.map(str::to_owned), n, k, quantized: true }
+    SiteFacts { name: name.to_owned(), fused_group: group.map(str::to_owned), n, k, quantized: true, scheme: None }
 }
 
 /// One dense layer, and a head that stays dense.
@@ -259,4 +259,93 @@ fn a_plan_lists_every_engine() {
     let loads: Vec<bool> = found.iter().map(|(_, verdict)| matches!(verdict, Verdict::Loads(_))).collect();
     assert_eq!(found.iter().map(|(target, _)| *target).collect::<Vec<_>>(), Target::ALL);
     assert_eq!(loads, [true, false, false, true]);
+}
+
+#[test]
+fn gptq_checkpoints() {
+    let run = |target, scheme: Scheme, sites: &[SiteFacts], tp| rules(target, "gptq", &scheme, sites, LLAMA, tp);
+    // A head of 1000 rows is no multiple of 32, but it stays plain.
+    for target in [Target::Vllm, Target::TurboMind] {
+        assert_eq!(run(target, scheme(4, 128, true), &dense(), 2), NONE, "{target:?}");
+    }
+    for (bits, group, symmetric, wanted) in [
+        (8, -1, true, vec![]),
+        (4, 32, true, vec![]),
+        (3, 128, true, vec!["vllm-gptq-bits"]),
+        (4, 128, false, vec!["vllm-gptq-asymmetric"]),
+        (2, 256, false, vec!["vllm-gptq-asymmetric", "vllm-gptq-bits", "vllm-gptq-group-size"]),
+    ] {
+        assert_eq!(run(Target::Vllm, scheme(bits, group, symmetric), &dense(), 1), (wanted, vec![]), "{bits} {group}");
+    }
+    // 32 rows of 4 bits over two ranks are half a word short of whole ones; zero points are always there.
+    let eight = change(|site| site.n = 32);
+    assert_eq!(run(Target::Vllm, scheme(4, 128, true), &eight, 8).0, ["vllm-zero-point-words", "vllm-tp-rows"]);
+    for (group, symmetric, wanted) in [
+        (64, true, "turbomind-group-size"),
+        (-1, true, "turbomind-group-size"),
+        (128, false, "turbomind-gptq-asymmetric"),
+    ] {
+        assert_eq!(run(Target::TurboMind, scheme(4, group, symmetric), &dense(), 1), (vec![wanted], vec![]));
+    }
+    assert_eq!(run(Target::TurboMind, scheme(8, 128, true), &dense(), 1).0, ["turbomind-bits"]);
+    let no_v = change(|site| site.quantized &= !site.name.ends_with("v_proj"));
+    assert_eq!(run(Target::TurboMind, scheme(4, 128, true), &no_v, 1), (vec!["turbomind-fused-mixed"], vec![]));
+    assert_eq!(run(Target::LmdeployPytorch, scheme(4, 128, true), &dense(), 1).0, ["lmdeploy-pytorch-layout"]);
+
+    let package = "transformers-gptq-package";
+    assert_eq!(run(Target::Transformers, scheme(3, -1, false), &dense(), 1), (vec![], vec![package]));
+    let head = change(|site| (site.quantized, site.n) = (true, 1024));
+    assert_eq!(
+        run(Target::Transformers, scheme(4, 128, true), &head, 1),
+        (vec!["transformers-gptq-head"], vec![package])
+    );
+    let no_v = run(Target::Transformers, scheme(4, 128, true), &no_v, 1);
+    assert_eq!(no_v, (vec!["transformers-gptq-plain"], vec![package]));
+    let experts = run(Target::Transformers, scheme(4, 128, true), &experts(), 1);
+    assert_eq!(experts, (vec![], vec![package, "transformers-gptq-router", "transformers-experts"]));
+}
+
+#[test]
+fn linears_with_their_own_scheme() {
+    let wide = scheme(8, 128, true);
+    let own = |suffixes: &'static [&'static str]| {
+        change(move |site| site.scheme = suffixes.iter().any(|end| site.name.ends_with(end)).then_some(wide))
+    };
+    let run = |target, layout: &str, sites: &[SiteFacts]| rules(target, layout, &scheme(4, 128, true), sites, LLAMA, 1);
+    let down = own(&["down_proj"]);
+    assert_eq!(run(Target::Vllm, CT, &down), NONE);
+    assert_eq!(run(Target::Vllm, "gptq", &down), NONE);
+    assert_eq!(run(Target::Transformers, CT, &down), NONE);
+    assert_eq!(run(Target::Transformers, "gptq", &down).0, ["transformers-gptq-schemes"]);
+    // Its bits are refused too.
+    for layout in [CT, "gptq"] {
+        assert_eq!(run(Target::TurboMind, layout, &down).0, ["turbomind-bits", "turbomind-schemes"]);
+    }
+    for target in Target::ALL {
+        assert_eq!(run(target, "awq", &down).0, ["layout-limits"], "{target:?}");
+    }
+    let refused = check(Target::TurboMind, layout(CT).unwrap(), &scheme(4, 128, true), &down, &[], 1);
+    assert!(refused.iter().all(|found| found.sites == ["model.layers.0.mlp.down_proj"]), "{refused:?}");
+    // Of linears that are fused, all or none.
+    assert_eq!(run(Target::Vllm, CT, &own(&["v_proj"])).0, ["vllm-fused-schemes"]);
+    assert_eq!(run(Target::Vllm, "gptq", &own(&["gate_proj"])).0, ["vllm-fused-schemes"]);
+    assert_eq!(run(Target::Vllm, "gptq", &own(&["q_proj", "k_proj", "v_proj"])), NONE);
+    let mut expert = experts();
+    expert[2].scheme = Some(wide);
+    assert_eq!(run(Target::Vllm, CT, &expert).0, ["vllm-experts-schemes"]);
+    // The rules of a scheme are checked on its own linears: 3 bits only for them, and their own groups.
+    let mut three = dense();
+    three[6].scheme = Some(scheme(3, 128, true));
+    assert_eq!(run(Target::Vllm, CT, &three), (vec![], vec!["vllm-kernel"]));
+    assert_eq!(run(Target::Vllm, "gptq", &three).0, ["vllm-gptq-bits"]);
+    // Another type of scales is not another scheme.
+    let bf16 = change(|site| site.scheme = Some(Scheme { scale_dtype: ScaleDtype::BF16, ..scheme(4, 128, true) }));
+    assert_eq!(run(Target::TurboMind, CT, &bf16), (vec![], vec!["turbomind-scale-dtype"]));
+    let mut wrapped = dense();
+    wrapped.iter_mut().for_each(|site| site.name = site.name.replace("model.", "model.language_model."));
+    wrapped[6].scheme = Some(wide);
+    assert_eq!(run(Target::Vllm, "gptq", &wrapped), (vec![], vec!["vllm-gptq-names"]));
+    let mut symmetric = dense();
+    symmetric[6].scheme = Some(scheme(4, 128, false));
+    assert_eq!(run(Target::Vllm, "gptq", &symmetric).0, ["layout-limits"]);
 }

@@ -59,7 +59,7 @@ impl QuantizedCheckpoint {
             Some(TensorRef { dtype: view.dtype, shape: view.shape, data: view.data })
         };
         self.layout
-            .unpack(&self.config.scheme, n, k, &get)
+            .unpack(self.config.scheme_of(module), n, k, &get)
             .map_err(|source| RuntimeError::Linear { module: module.to_owned(), source })
     }
 }

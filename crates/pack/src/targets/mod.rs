@@ -5,6 +5,7 @@
 //! saying so is treated like one that refuses it.
 
 mod lmdeploy_pytorch;
+mod mixed;
 mod rules;
 mod transformers;
 mod turbomind;
@@ -76,6 +77,8 @@ pub struct SiteFacts {
     pub k: usize,
     /// Whether it is quantized.
     pub quantized: bool,
+    /// Its scheme, if it is quantized with another than the common one.
+    pub scheme: Option<Scheme>,
 }
 
 /// How bad a broken rule is.
@@ -113,7 +116,7 @@ pub enum Verdict {
 
 /// Every rule of `target` that a plan breaks, refusals first.
 ///
-/// `scheme` is that of all quantized `sites`; `architectures` are the names in `config.json` (for a
+/// `scheme` is that of all quantized `sites` without their own; `architectures` are the names in `config.json` (for a
 /// wrapper model the text model's too; empty skips rules about them); `tp` is the number of
 /// tensor-parallel ranks the checkpoint must load on, at least 1.
 pub fn check(
@@ -124,16 +127,33 @@ pub fn check(
     architectures: &[String],
     tp: usize,
 ) -> Vec<RuleViolation> {
-    let mut rules = Rules::new(layout, scheme, sites, architectures, tp.max(1));
+    let tp = tp.max(1);
+    let mut rules = Rules::new(layout, scheme, sites, architectures, tp);
     rules.layout_holds_everything();
-    if rules.found.is_empty() {
+    if !rules.found.is_empty() {
+        return rules.found;
+    }
+    for own in mixed::schemes(sites, scheme) {
+        let part = mixed::of_scheme(sites, scheme, &own);
+        let mut apart = Rules::new(layout, &own, &part, architectures, tp);
         match target {
-            Target::Vllm => vllm::check(&mut rules),
-            Target::TurboMind => turbomind::check(&mut rules),
-            Target::LmdeployPytorch => lmdeploy_pytorch::check(&mut rules),
-            Target::Transformers => transformers::check(&mut rules),
+            Target::Vllm => vllm::check(&mut apart),
+            Target::TurboMind => turbomind::check(&mut apart),
+            Target::LmdeployPytorch => lmdeploy_pytorch::check(&mut apart),
+            Target::Transformers => transformers::check(&mut apart),
+        }
+        for mut violation in apart.found {
+            if rules.found.contains(&violation) {
+                continue;
+            }
+            if own != *scheme && violation.sites.is_empty() {
+                violation.sites = part.iter().filter(|site| site.quantized).map(|site| site.name.clone()).collect();
+                violation.message = format!("{}: {}", rules::listed(&violation.sites), violation.message);
+            }
+            rules.found.push(violation);
         }
     }
+    mixed::check(target, &mut rules);
     rules.found.sort_by_key(|violation| violation.severity != Severity::Refused);
     rules.found
 }

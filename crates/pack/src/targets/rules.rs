@@ -1,11 +1,12 @@
 //! What the rules of all engines share.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use lite_quant::{ScaleDtype, Scheme};
 
 use super::{RuleViolation, Severity, SiteFacts, Target};
 use crate::Layout;
+use crate::config::same_codes;
 
 /// How an engine cuts a linear over tensor-parallel ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,8 +76,14 @@ impl<'a> Rules<'a> {
     pub(super) fn layout_holds_everything(&mut self) {
         let mut by_error = BTreeMap::<String, Vec<&str>>::new();
         for site in self.quantized() {
-            if let Err(error) = self.layout.check(self.scheme, site.n, site.k) {
+            let scheme = site.scheme.as_ref().unwrap_or(self.scheme);
+            if let Err(error) = self.layout.check(scheme, site.n, site.k) {
                 by_error.entry(error.to_string()).or_default().push(&site.name);
+            } else if !same_codes(scheme, self.scheme)
+                && let Err(why) = self.layout.mixes(self.scheme, scheme)
+            {
+                let error = format!("layout `{}` cannot hold a scheme of their own: {why}", self.layout.name());
+                by_error.entry(error).or_default().push(&site.name);
             }
         }
         for (error, sites) in by_error {
@@ -100,6 +107,13 @@ impl<'a> Rules<'a> {
         let ignored: Vec<&str> = self.sites.iter().filter(|site| !site.quantized).map(|site| &*site.name).collect();
         let misread = |site: &&'a SiteFacts| ignored.iter().any(|ignored| matches(ignored, &site.name));
         self.quantized().filter(misread).map(|site| &*site.name).collect()
+    }
+
+    /// Plain linears in the blocks that hold the quantized ones.
+    pub(super) fn plain_in_blocks(&self) -> Vec<&'a SiteFacts> {
+        let roots: BTreeSet<&str> = self.quantized().filter_map(|site| blocks(&site.name)).collect();
+        let inside = |site: &&SiteFacts| blocks(&site.name).is_some_and(|root| roots.contains(root));
+        self.sites.iter().filter(|site| !site.quantized).filter(inside).collect()
     }
 
     /// The names of the quantized linears that fulfil `bad`.
@@ -185,6 +199,18 @@ pub(super) fn expert_block(name: &str) -> Option<&str> {
     name.find(".experts.").map(|at| &name[..at + ".experts".len()])
 }
 
+/// `model.layers` of `model.layers.3.mlp.up_proj`: what is before the first number.
+pub(super) fn blocks(name: &str) -> Option<&str> {
+    let mut end = 0usize;
+    for part in name.split('.') {
+        if !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit()) {
+            return name.get(..end.saturating_sub(1));
+        }
+        end += part.len() + 1;
+    }
+    None
+}
+
 /// Whether this is a router, or the gate of a shared expert.
 pub(super) fn is_router(name: &str) -> bool {
     matches!(last(name), "gate" | "router" | "shared_expert_gate")
@@ -221,7 +247,7 @@ fn mixed<'a>(sites: &'a [SiteFacts], group: impl Fn(&'a SiteFacts) -> Option<&'a
 }
 
 /// "`a`, `b`, `c` and 5 more".
-fn listed(names: &[String]) -> String {
+pub(super) fn listed(names: &[String]) -> String {
     let shown: Vec<String> = names.iter().take(3).map(|name| format!("`{name}`")).collect();
     match names.len().checked_sub(3) {
         Some(more) if more > 0 => format!("{} and {more} more", shown.join(", ")),
@@ -240,6 +266,8 @@ mod tests {
         assert_eq!(split("lm_head"), Split::Whole);
         assert_eq!(expert_block("model.layers.3.mlp.experts.17.up_proj"), Some("model.layers.3.mlp.experts"));
         assert_eq!(expert_block("model.layers.3.mlp.shared_experts.up_proj"), None);
+        assert_eq!(blocks("model.layers.3.mlp.experts.17.up_proj"), Some("model.layers"));
+        assert_eq!((blocks("0.up_proj"), blocks("lm_head")), (Some(""), None));
         assert!(is_router("model.layers.3.mlp.gate") && !is_router("model.layers.3.mlp.gate_proj"));
         assert!(is_head("lm_head") && is_head("output") && !is_head("model.layers.0.attention.output"));
         assert!(is_tower("visual.blocks.0.attn.qkv") && !is_tower("model.layers.0.mlp.up_proj"));

@@ -58,9 +58,20 @@ pub(super) fn check(rules: &mut Rules<'_>) {
         rules.mixed_groups().into_iter().partition(|group| last(group) == "gate_up");
     let message = "gate and up are fused and cannot have different formats; quantize both or neither";
     rules.at(Severity::Refused, "turbomind-gate-up", FFN, gate_up.into_iter(), message);
-    let message = "only some of the linears that are fused here are quantized: all are expanded to 16 bits on loading, \
-                   which costs memory and speed; quantize all of them or none";
-    rules.at(Severity::Warning, "turbomind-fused-mixed", ATTENTION, others.into_iter(), message);
+    let (severity, message) = if rules.is("gptq") {
+        (
+            Severity::Refused,
+            "only some of the linears that are fused here are quantized, which is not implemented for layout `gptq`; \
+             quantize all of them or none",
+        )
+    } else {
+        (
+            Severity::Warning,
+            "only some of the linears that are fused here are quantized: all are expanded to 16 bits on loading, \
+             which costs memory and speed; quantize all of them or none",
+        )
+    };
+    rules.at(severity, "turbomind-fused-mixed", ATTENTION, others.into_iter(), message);
 
     let towers = rules.names(|site| is_tower(&site.name));
     let message = "vision and audio towers must not be quantized; leave them out";
@@ -80,13 +91,17 @@ fn scheme(rules: &mut Rules<'_>) {
         rules.whole(Severity::Refused, "turbomind-bits", CONVERTER, message);
     }
     let (allowed, wanted): (&[usize], _) = match rules.layout.name() {
-        "awq" => (&[128], "128"),
+        "awq" | "gptq" => (&[128], "128"),
         "compressed-tensors" => (&[32, 128], "32 or 128"),
         other => {
-            let message = format!("layout `{other}` is not read; use `awq` or `compressed-tensors`");
+            let message = format!("layout `{other}` is not read; use `awq`, `compressed-tensors` or `gptq`");
             return rules.whole(Severity::Refused, "turbomind-layout", CONVERTER, message);
         }
     };
+    if rules.is("gptq") && !scheme.symmetric {
+        let message = "layout `gptq` is read symmetric only; use a symmetric scheme, or another layout".to_owned();
+        rules.whole(Severity::Refused, "turbomind-gptq-asymmetric", CONVERTER, message);
+    }
     if !matches!(scheme.group_size, GroupSize::Channels(width) if allowed.contains(&width)) {
         let (layout, group) = (rules.layout.name(), group_text(scheme.group_size));
         let message = format!("{group}: TurboMind takes {wanted} in layout `{layout}`; use that");

@@ -7,6 +7,7 @@ use super::{Severity, group_text};
 
 const AWQ: &str = "vllm/model_executor/layers/quantization/auto_awq.py";
 const AWQ_KERNEL: &str = "vllm csrc/quantization/awq/gemm_kernels.cu: `awq_gemm`";
+const GPTQ: &str = "vllm/model_executor/layers/quantization/auto_gptq.py: `TYPE_MAP`, `verify_marlin_supported`";
 const WNA16: &str = "vllm compressed_tensors/schemes/compressed_tensors_wNa16.py: `create_weights`";
 const KERNELS: &str = "vllm/model_executor/kernels/linear: `can_implement` of Machete, Marlin, Exllama, Triton";
 const FUSED: &str = "vllm compressed_tensors/utils.py and quant_utils.py: \"some but not all shards\"";
@@ -27,6 +28,8 @@ pub(super) fn check(rules: &mut Rules<'_>) {
                        of this one, which would be loaded unquantized; quantize both or neither, or use \
                        compressed-tensors";
         rules.at(Severity::Refused, "vllm-awq-ignore-substring", AWQ, misread, message);
+    } else if rules.is("gptq") {
+        gptq_kernels(rules, marlin_group);
     } else {
         integer_kernels(rules, marlin_group);
     }
@@ -64,6 +67,23 @@ fn awq_kernels(rules: &mut Rules<'_>, marlin_group: bool) {
     let narrow = rules.names(|site| site.n % 64 != 0 || site.n % width != 0);
     let message = format!("N must be a multiple of 64 and of {width} for the plain AWQ kernel; use group size 128");
     rules.at(Severity::Refused, "vllm-awq-plain-shape", AWQ_KERNEL, narrow, &message);
+}
+
+/// The GPTQ method has the types of Marlin and nothing else; `desc_act` is never written.
+fn gptq_kernels(rules: &mut Rules<'_>, marlin_group: bool) {
+    let (bits, symmetric, group) = (rules.scheme.bits, rules.scheme.symmetric, rules.scheme.group_size);
+    if !symmetric {
+        let message = "layout `gptq` is read symmetric only; use a symmetric scheme, or compressed-tensors".to_owned();
+        rules.whole(Severity::Refused, "vllm-gptq-asymmetric", GPTQ, message);
+    }
+    if !matches!(bits, 4 | 8) {
+        let message = format!("{bits} bits: layout `gptq` is read with 4 or 8 bits; use those, or compressed-tensors");
+        rules.whole(Severity::Refused, "vllm-gptq-bits", GPTQ, message);
+    }
+    if !marlin_group {
+        let message = format!("{}: layout `gptq` is read with 32, 64, 128 or −1; use those", group_text(group));
+        rules.whole(Severity::Refused, "vllm-gptq-group-size", GPTQ, message);
+    }
 }
 
 /// Which kernels take codes of compressed-tensors. Everything that only an optional package runs is a
@@ -125,7 +145,8 @@ fn experts(rules: &mut Rules<'_>, marlin_group: bool) {
 /// Shards of a fused linear, and the pieces of ranks, are concatenated in packed words.
 fn whole_words(rules: &mut Rules<'_>) {
     let (bits, tp) = (usize::from(rules.scheme.bits), rules.tp);
-    if !rules.is("awq") && rules.scheme.symmetric {
+    // Layout `gptq` has zero points even where the scheme is symmetric.
+    if rules.is("compressed-tensors") && rules.scheme.symmetric {
         return;
     }
     let ragged = rules.names(|site| {

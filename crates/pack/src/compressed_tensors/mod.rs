@@ -1,10 +1,13 @@
-use lite_quant::{GroupSize, QuantizedLinear, Scheme};
+//! The `compressed-tensors` layout.
+
+mod config;
+
+use lite_quant::{QuantizedLinear, Scheme};
 use rayon::prelude::*;
 use safetensors::Dtype;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use crate::bits::{pack_row, unpack_row, words};
-use crate::config::{boolean, integer, join, missing, names, object, unsupported, wrong};
 use crate::layout::{Layout, PackedTensor, TensorRef, TensorSpec};
 use crate::tensors::{
     Dtypes, Reader, SCALE_DTYPES, WORD_DTYPES, check_symmetry, check_weight, decode_scales, dtype_of, encode_scales,
@@ -20,9 +23,6 @@ use crate::{ConfigFacts, PackError, ParsedConfig};
 pub(crate) struct CompressedTensors;
 
 const NAME: &str = "compressed-tensors";
-const FORMAT: &str = "pack-quantized";
-/// The release whose format is written; readers only look at it in messages.
-const VERSION: &str = "0.19.0";
 const SHAPE_DTYPES: Dtypes = (&[Dtype::I64, Dtype::I32], "I64 (or I32, as old releases wrote)");
 
 impl Layout for CompressedTensors {
@@ -111,129 +111,16 @@ impl Layout for CompressedTensors {
         Ok(QuantizedLinear { scheme, out_features: n, in_features: k, codes, scales, zeros })
     }
 
-    fn quantization_config(&self, facts: &ConfigFacts) -> Value {
-        let scheme = &facts.scheme;
-        let (strategy, group_size) = match scheme.group_size {
-            GroupSize::Channel => ("channel", Value::Null),
-            GroupSize::Channels(width) => ("group", json!(width)),
-        };
-        // vLLM's head is not a `Linear`: it is quantized only if named.
-        let targets: Vec<&str> = std::iter::once("Linear").chain(facts.lm_head.as_deref()).collect();
-        json!({
-            "config_groups": {
-                "group_0": {
-                    "format": FORMAT,
-                    "input_activations": null,
-                    "output_activations": null,
-                    "targets": targets,
-                    "weights": {
-                        "actorder": null,
-                        "block_structure": null,
-                        "dynamic": false,
-                        "group_size": group_size,
-                        "num_bits": scheme.bits,
-                        "observer": null,
-                        "observer_kwargs": {},
-                        "strategy": strategy,
-                        "symmetric": scheme.symmetric,
-                        "type": "int",
-                    },
-                },
-            },
-            "format": FORMAT,
-            "global_compression_ratio": null,
-            "ignore": facts.ignored,
-            "kv_cache_scheme": null,
-            "quant_method": NAME,
-            "quantization_status": "compressed",
-            "sparsity_config": {},
-            "transform_config": {},
-            "version": VERSION,
-        })
+    fn mixes(&self, _common: &Scheme, _other: &Scheme) -> Result<(), &'static str> {
+        Ok(())
+    }
+
+    fn quantization_config(&self, facts: &ConfigFacts) -> Result<Value, PackError> {
+        config::write(self, facts)
     }
 
     fn parse_config(&self, config: &Map<String, Value>) -> Result<ParsedConfig, PackError> {
-        match config.get("quantization_status") {
-            None | Some(Value::Null) => {}
-            Some(Value::String(status)) if status == "compressed" => {}
-            Some(other) => return Err(unsupported("quantization_status", other, "\"compressed\"")),
-        }
-        for key in ["kv_cache_scheme", "sparsity_config", "transform_config"] {
-            nothing(config, "", key)?;
-        }
-        let groups = object(config, "", "config_groups")?;
-        let (group, path) = match groups.iter().next() {
-            Some((name, Value::Object(group))) if groups.len() == 1 => (group, join("config_groups", name)),
-            Some((name, other)) if groups.len() == 1 => {
-                return Err(unsupported(&join("config_groups", name), other, "a group with its own `weights`"));
-            }
-            _ => return Err(unsupported("config_groups", &json!(groups.len()), "exactly one group")),
-        };
-        for key in ["input_activations", "output_activations"] {
-            nothing(group, &path, key)?;
-        }
-        // A group's own format wins over the common one.
-        let common = config.get("format").map(|format| ("format".to_owned(), format));
-        let own = group.get("format").filter(|own| !own.is_null()).map(|own| (join(&path, "format"), own));
-        match own.or(common) {
-            Some((_, Value::String(format))) if format == FORMAT => {}
-            Some((key, other)) => return Err(unsupported(&key, other, "\"pack-quantized\"")),
-            None => return Err(missing("format", "\"pack-quantized\"")),
-        }
-        let weights = object(group, &path, "weights")?;
-        let scheme = parse_weights(weights, &join(&path, "weights"))?;
-        Ok(ParsedConfig { scheme, ignored: names(config, "ignore")? })
-    }
-}
-
-/// Reads the `weights` of a group. Absent keys have the library's defaults.
-fn parse_weights(weights: &Map<String, Value>, path: &str) -> Result<Scheme, PackError> {
-    match weights.get("type") {
-        None => {}
-        Some(Value::String(kind)) if kind.eq_ignore_ascii_case("int") => {}
-        Some(other) => return Err(unsupported(&join(path, "type"), other, "\"int\"")),
-    }
-    match weights.get("actorder") {
-        None | Some(Value::Null | Value::Bool(false)) => {}
-        // These reorder columns while solving only; the stored order is the natural one.
-        Some(Value::String(order)) if order == "weight" || order == "static" => {}
-        Some(other) => return Err(unsupported(&join(path, "actorder"), other, "null, \"weight\" or \"static\"")),
-    }
-    if boolean(weights, path, "dynamic", Some(false))? {
-        return Err(unsupported(&join(path, "dynamic"), &json!(true), "false"));
-    }
-    let key = join(path, "group_size");
-    let group_size = match weights.get("group_size") {
-        None | Some(Value::Null) => None,
-        Some(value) => Some(value.as_i64().ok_or_else(|| wrong(&key, value, "an integer or null"))?),
-    };
-    let strategy = match (weights.get("strategy"), group_size) {
-        (Some(Value::String(strategy)), _) => strategy.to_ascii_lowercase(),
-        (Some(Value::Null) | None, Some(-1)) => "channel".to_owned(),
-        (Some(Value::Null) | None, Some(_)) => "group".to_owned(),
-        (Some(Value::Null) | None, None) => "tensor".to_owned(),
-        (Some(other), _) => return Err(wrong(&join(path, "strategy"), other, "a string")),
-    };
-    let group_size = match (strategy.as_str(), group_size) {
-        ("channel", None | Some(-1)) => -1,
-        ("group", Some(width)) if width > 0 => width,
-        ("channel" | "group", found) => {
-            let wanted = "a positive number for groups, null or -1 for channels";
-            return Err(wrong(&key, &json!(found), wanted));
-        }
-        (other, _) => return Err(unsupported(&join(path, "strategy"), &json!(other), "\"group\" or \"channel\"")),
-    };
-    let symmetric = boolean(weights, path, "symmetric", Some(true))?;
-    let bits = integer(weights, path, &["num_bits"])?;
-    Ok(Scheme::new(bits, group_size, symmetric, ParsedConfig::UNKNOWN_SCALE_DTYPE)?)
-}
-
-/// Refuses a value that is neither absent, null nor an empty object.
-fn nothing(config: &Map<String, Value>, path: &str, key: &str) -> Result<(), PackError> {
-    match config.get(key) {
-        None | Some(Value::Null) => Ok(()),
-        Some(Value::Object(empty)) if empty.is_empty() => Ok(()),
-        Some(other) => Err(unsupported(&join(path, key), other, "null")),
+        config::parse(config)
     }
 }
 
