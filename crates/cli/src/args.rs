@@ -26,8 +26,45 @@ pub(crate) enum Command {
     #[command(name = "auto_awq", visible_alias = "auto-awq")]
     AutoAwq(Box<QuantizeArgs>),
 
+    /// Choose codes by second-order error feedback (GPTQ), refined and aware of earlier errors
+    #[command(name = "auto_gptq", visible_alias = "auto-gptq")]
+    AutoGptq(Box<QuantizeArgs>),
+
     /// Show what a run would do and cost, and run nothing
-    Plan(Box<QuantizeArgs>),
+    Plan {
+        /// The method to plan
+        #[arg(long, value_enum, default_value_t = MethodName::Awq)]
+        method: MethodName,
+        #[command(flatten)]
+        args: Box<QuantizeArgs>,
+    },
+}
+
+/// The verbs that quantize with calibration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MethodName {
+    /// As `auto_awq`
+    Awq,
+    /// As `auto_gptq`
+    Gptq,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Effort {
+    /// Nearest rounding with range search
+    Fast,
+    /// GPTQ, refinement, error-aware targets
+    Default,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RoundingName {
+    /// The nearest code
+    Nearest,
+    /// GPTQ's error feedback
+    Gptq,
+    /// GPTQ, then coordinate descent over codes and scales
+    Refine,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -84,6 +121,9 @@ pub(crate) struct QuantizeArgs {
     pub(crate) weights: WeightArgs,
 
     #[command(flatten)]
+    pub(crate) solver: SolverArgs,
+
+    #[command(flatten)]
     pub(crate) calib: CalibArgs,
 
     #[command(flatten)]
@@ -100,9 +140,13 @@ pub(crate) struct WeightArgs {
     #[arg(long, default_value_t = 4, allow_negative_numbers = true, value_name = "BITS")]
     pub(crate) w_bits: i64,
 
-    /// Symmetric codes: no zero points
-    #[arg(long)]
+    /// Symmetric codes: no zero points (the default of auto_gptq)
+    #[arg(long, overrides_with = "w_asym")]
     pub(crate) w_sym: bool,
+
+    /// Asymmetric codes (the default of auto_awq)
+    #[arg(long, overrides_with = "w_sym")]
+    pub(crate) w_asym: bool,
 
     /// Input channels that share a scale: 16, 32, 64, 128, 256, or -1 for a whole row
     #[arg(long, default_value_t = 128, allow_negative_numbers = true, value_name = "SIZE")]
@@ -124,7 +168,16 @@ pub(crate) struct WeightArgs {
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub(crate) dtype: Dtype,
 
-    /// Layout of the packed weights: `awq` or `compressed-tensors` [default: what the target or scheme asks for]
+    /// Other settings for linears whose name matches, such as 'mlp.down_proj:bits=8,group_size=64,symmetric=true';
+    /// repeatable, later ones win
+    #[arg(long = "override", value_name = "REGEX:KEY=VALUE,…")]
+    pub(crate) overrides: Vec<String>,
+
+    /// Leave linears whose name matches this regex as they are; repeatable
+    #[arg(long, value_name = "REGEX")]
+    pub(crate) ignore: Vec<String>,
+
+    /// Layout of the packed weights: `awq`, `gptq` or `compressed-tensors` [default: what the target or scheme asks for]
     #[arg(long, value_name = "NAME")]
     pub(crate) layout: Option<String>,
 
@@ -135,6 +188,34 @@ pub(crate) struct WeightArgs {
     /// Tensor-parallel degree that the target will use
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub(crate) tp: usize,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Solver")]
+pub(crate) struct SolverArgs {
+    /// How hard to try [default: fast for auto_awq, default for auto_gptq]
+    #[arg(long, value_enum)]
+    pub(crate) effort: Option<Effort>,
+
+    /// Who chooses the codes [default: what the effort says]
+    #[arg(long, value_enum)]
+    pub(crate) rounding: Option<RoundingName>,
+
+    /// Visit columns by falling activation energy (this is the default); costs engines nothing
+    #[arg(long, overrides_with = "no_act_order")]
+    pub(crate) act_order: bool,
+
+    /// Visit columns as they are stored
+    #[arg(long, overrides_with = "act_order")]
+    pub(crate) no_act_order: bool,
+
+    /// Damping, a fraction of the mean diagonal of the Gram matrix
+    #[arg(long, default_value_t = 0.01, allow_negative_numbers = true, value_name = "FRACTION")]
+    pub(crate) damp_percent: f32,
+
+    /// Fail where a linear cannot be solved, instead of rounding it to nearest and saying so
+    #[arg(long)]
+    pub(crate) no_fallback: bool,
 }
 
 #[derive(Debug, Args)]

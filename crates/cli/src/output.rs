@@ -81,6 +81,11 @@ pub(crate) fn report(out: &mut impl Write, report: &RunReport) -> io::Result<()>
         }
     }
     worst_layers(out, report)?;
+    for site in &report.sites {
+        if let Some(fallback) = &site.fallback {
+            writeln!(out, "  fallback      {}: {fallback}", printable(&site.module))?;
+        }
+    }
     let memory = resident().map_or(String::new(), |r| format!(", peak memory {}", mib(r.peak)));
     writeln!(out, "  took          {}{memory}", duration(report.seconds))
 }
@@ -124,7 +129,7 @@ pub(crate) fn report_json(report: &RunReport) -> Value {
                "perplexity_quantized": s.perplexity_quantized, "layers": layers})
     });
     let linears: Vec<Value> =
-        report.sites.iter().map(|s| json!({"module": s.module, "layer": s.block, "relative_error": s.error})).collect();
+        report.sites.iter().map(|s| json!({"module": s.module, "layer": s.block, "relative_error": s.error, "fallback": s.fallback})).collect();
     json!({"event": "summary", "schema": 1, "output": report.output, "layout": report.layout, "bits_per_weight": report.bits_per_weight,
            "source_bytes": report.source_bytes, "output_bytes": report.output_bytes, "calibration": report.calibration,
            "linears_checked": report.check.linears, "tensors_checked": report.check.plain, "comparison": comparison,

@@ -102,7 +102,7 @@ fn attend(q: &[f32], k: &[f32], v: Heads, windows: usize, tokens: usize, spec: &
 }
 
 /// [`attention`] by candle operations, for any device.
-fn composed(inputs: &Inputs, spec: &GqaSpec, rope: &Rope) -> Result<Tensor, DecoderError> {
+pub(crate) fn composed(inputs: &Inputs, spec: &GqaSpec, rope: &Rope) -> Result<Tensor, DecoderError> {
     let (windows, tokens) = (inputs.windows, rope.tokens());
     let (heads, kv, dim) = (spec.heads, spec.kv_heads, spec.head_dim);
     let group = heads / kv;

@@ -33,7 +33,7 @@ macro_rules! simd_fn {
 ///
 /// Cephes' reduction and polynomial: `x = n·ln 2 + r`, `e^x = 2ⁿ · p(r)`.
 #[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
+pub fn exp(x: f32) -> f32 {
     /// 1.5 · 2²³: adding it rounds to a whole number, which is then in the low bits.
     const ROUND: f32 = 12_582_912.0;
     /// ln 2 in two parts, the first exact in 11 bits, so that `n · LN2_HIGH` is exact.

@@ -17,6 +17,7 @@
 
 mod attention;
 mod block;
+mod differentiable;
 mod embedding;
 mod error;
 mod head;
@@ -31,6 +32,7 @@ pub use block::Block;
 pub use embedding::Embedding;
 pub use error::{DecoderError, ErrorKind};
 pub use head::{FinalNorm, Head};
+pub use kernels::exp;
 pub use ops::with_cpu_slice;
 pub use rope::Rope;
 pub use source::{CheckpointSource, WeightSource};

@@ -98,7 +98,8 @@ pub(crate) fn gated(parts: &[Tensor], width: usize, activation: Activation) -> R
     Ok(Tensor::from_vec(out, (rows, width), parts[0].device())?)
 }
 
-fn gated_composed(gate: &Tensor, up: &Tensor, start: usize, width: usize) -> Result<Tensor, DecoderError> {
+/// [`gated`] by candle operations: the gate from column 0, up from column `start`.
+pub(crate) fn gated_composed(gate: &Tensor, up: &Tensor, start: usize, width: usize) -> Result<Tensor, DecoderError> {
     Ok((gate.narrow(1, 0, width)?.silu()? * up.narrow(1, start, width)?)?.contiguous()?)
 }
 

@@ -51,6 +51,12 @@ impl Rope {
         self.tokens
     }
 
+    /// Cosines and sines, `(tokens, half)` each and times the attention factor: value `i` of a head is turned
+    /// with value `i + half`, the rest of the head stays.
+    pub fn tables(&self) -> (&Tensor, &Tensor) {
+        (&self.cos, &self.sin)
+    }
+
     /// Calls `f` with the tables on the CPU.
     pub(crate) fn with_rotation<R>(&self, f: impl FnOnce(Rotation) -> R) -> Result<R, DecoderError> {
         let (half, tokens) = (self.half, self.tokens);

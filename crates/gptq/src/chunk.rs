@@ -13,8 +13,14 @@ pub(crate) const LANES: usize = 16;
 pub(crate) const ROWS: usize = 64;
 
 /// Copies row-major `[count, width]` rows to `[width, lanes]`.
-pub(crate) fn load<T: Copy, U>(rows: &[T], width: usize, lanes: usize, out: &mut Vec<U>, fill: U, convert: impl Fn(T) -> U)
-where
+pub(crate) fn load<T: Copy, U>(
+    rows: &[T],
+    width: usize,
+    lanes: usize,
+    out: &mut Vec<U>,
+    fill: U,
+    convert: impl Fn(T) -> U,
+) where
     U: Copy,
 {
     out.clear();
@@ -45,7 +51,15 @@ pub(crate) struct Grids {
 
 impl Grids {
     /// Loads row-major `[rows, G]` parameters.
-    pub(crate) fn load(&mut self, scales: &[f32], zeros: &[u8], groups: usize, width: usize, lanes: usize, scheme: &Scheme) {
+    pub(crate) fn load(
+        &mut self,
+        scales: &[f32],
+        zeros: &[u8],
+        groups: usize,
+        width: usize,
+        lanes: usize,
+        scheme: &Scheme,
+    ) {
         load(scales, groups, lanes, &mut self.scales, 1.0, |s| s);
         load(zeros, groups, lanes, &mut self.zeros, 0, |z| z);
         self.width = width;

@@ -22,7 +22,7 @@ pub struct Hessian<'a> {
     pub(crate) order: Vec<usize>,
     /// Mean of the diagonal over channels that are not dead; the factored matrix is divided by it.
     mean: f64,
-    /// The damping that worked.
+    /// The damping that worked, or the largest that was tried.
     damp: f32,
     /// Upper triangular U of `(H[order, order] / mean)⁻¹ = Uᵀ U`, row-major `[K, K]`.
     pub(crate) factor: Option<Vec<f32>>,
@@ -82,16 +82,17 @@ impl<'a> Hessian<'a> {
             hessian.fallback = Fallback::Nearest { reason: NearestReason::NoSignal };
             return Ok(hessian);
         }
-        match hessian.factor_with_retries(largest) {
+        match hessian.factor_with_retries(largest, gptq_factor_in_place) {
             Ok((factor, damp, fallback)) => {
                 hessian.factor = Some(factor);
                 hessian.damp = damp;
                 hessian.fallback = fallback;
             }
             Err(reason) if settings.fallback => {
+                hessian.damp = largest;
                 hessian.fallback = Fallback::Nearest { reason: NearestReason::NotFactored(reason) };
             }
-            Err(reason) => return Err(GptqError::NotFactored { damp: largest.max(settings.damp), reason }),
+            Err(reason) => return Err(GptqError::NotFactored { damp: largest, reason }),
         }
         Ok(hessian)
     }
@@ -106,11 +107,18 @@ impl<'a> Hessian<'a> {
         (f64::from(self.damp) * self.mean) as f32
     }
 
-    fn factor_with_retries(&self, largest: f32) -> Result<(Vec<f32>, f32, Fallback), FactorError> {
+    /// The factor, the damping that worked, and what had to be done. `single` factors in f32.
+    fn factor_with_retries(
+        &self,
+        largest: f32,
+        single: impl Fn(Vec<f32>, usize) -> Result<Vec<f32>, FactorError>,
+    ) -> Result<(Vec<f32>, f32, Fallback), FactorError> {
         let first = self.settings.damp;
-        let dampings = || std::iter::successors(Some(first), |d| (*d < largest).then(|| (d * 10.0).min(largest)));
+        // 0.01 · 10 · 10 in f32 is just below 1: that is the last step, not one before it.
+        let next = |damp: f32| if damp * 10.0 > 0.99 * largest { largest } else { damp * 10.0 };
+        let dampings = || std::iter::successors(Some(first), |&damp| (damp < largest).then(|| next(damp)));
         for damp in dampings() {
-            if let Ok(factor) = gptq_factor_in_place(self.ordered(damp), self.in_features) {
+            if let Ok(factor) = single(self.ordered(damp), self.in_features) {
                 let fallback = if damp == first { Fallback::None } else { Fallback::Damped { damp } };
                 return Ok((factor, damp, fallback));
             }
@@ -160,7 +168,7 @@ impl<'a> Hessian<'a> {
         let factor = match (&self.factor, self.fallback) {
             (Some(factor), _) => factor,
             (None, Fallback::Nearest { reason: NearestReason::NotFactored(reason) }) => {
-                return Err(GptqError::NotFactored { damp: 1.0, reason });
+                return Err(GptqError::NotFactored { damp: self.damp, reason });
             }
             // No token: X is zero, so is C, and W stays.
             (None, _) => return Ok(weight.to_vec()),
@@ -195,5 +203,23 @@ fn check_square(what: &'static str, matrix: &[f32], k: usize) -> Result<(), Gptq
     match found {
         Some((row, column)) => Err(GptqError::NotFinite { what, row, column }),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What f32 cannot factor with damping 1 depends on the machine's rounding, so f32 is made to fail.
+    #[test]
+    fn double_precision_starts_from_the_damping_asked_for() {
+        let k = 32;
+        let gram: Vec<f32> = (0..k * k).map(|at| 0.5f32.powi(usize::abs_diff(at / k, at % k) as i32)).collect();
+        let hessian = Hessian::new(&gram, k, &GptqSettings::default()).unwrap();
+        let failure = FactorError::NotPositiveDefinite { channel: 3 };
+        let (factor, damp, fallback) = hessian.factor_with_retries(1.0, |_, _| Err(failure)).unwrap();
+        assert_eq!((damp, fallback), (0.01, Fallback::Double { damp: 0.01 }));
+        let single = hessian.factor.unwrap();
+        assert!(factor.iter().zip(&single).all(|(a, b)| (a - b).abs() < 1e-5));
     }
 }

@@ -52,7 +52,13 @@ pub(crate) struct Descent<'a> {
 impl Descent<'_> {
     /// Sweeps up to `sweeps` times over `steps` (`[K, R]`, `code − zero`) and the scales of `grids`. A row that a sweep
     /// made worse (by rounding of f32) goes back and stays. Returns the loss of each row, before and after each sweep.
-    pub(crate) fn run(&self, steps: &mut [f32], grids: &mut Grids, sweeps: usize, buffers: &mut RefineBuffers) -> Vec<Vec<f64>> {
+    pub(crate) fn run(
+        &self,
+        steps: &mut [f32],
+        grids: &mut Grids,
+        sweeps: usize,
+        buffers: &mut RefineBuffers,
+    ) -> Vec<Vec<f64>> {
         let lanes = grids.lanes;
         grids.errors_into(self.weight, steps, &mut buffers.errors);
         buffers.residual.resize(self.k * lanes, 0.0);
@@ -126,7 +132,14 @@ impl Descent<'_> {
     }
 
     /// Moves the codes of a few columns, one column after the other; `R` is exact in `block` afterwards.
-    fn descend(&self, columns: Range<usize>, block: Range<usize>, steps: &mut [f32], grids: &Grids, buffers: &mut RefineBuffers) {
+    fn descend(
+        &self,
+        columns: Range<usize>,
+        block: Range<usize>,
+        steps: &mut [f32],
+        grids: &Grids,
+        buffers: &mut RefineBuffers,
+    ) {
         let (k, lanes) = (self.k, grids.lanes);
         buffers.moved.resize(block.len() * lanes, 0.0);
         for column in columns.clone() {
@@ -154,7 +167,14 @@ impl Descent<'_> {
     }
 
     /// Re-fits the scale of one group, rounded to its storage type; `R` is exact in `block` afterwards. Zero points stay.
-    fn refit(&self, group: usize, block: Range<usize>, steps: &[f32], grids: &mut Grids, buffers: &mut RefineBuffers) -> bool {
+    fn refit(
+        &self,
+        group: usize,
+        block: Range<usize>,
+        steps: &[f32],
+        grids: &mut Grids,
+        buffers: &mut RefineBuffers,
+    ) -> bool {
         let (k, lanes, width) = (self.k, grids.lanes, grids.width);
         let columns = group * width..(group + 1) * width;
         let own = columns.start * lanes..columns.end * lanes;
@@ -209,7 +229,10 @@ impl Descent<'_> {
 
     fn follow_ridge(&self, from: Range<usize>, moved: &[f32], residual: &mut [f32], lanes: usize) {
         if self.ridge != 0.0 {
-            residual[from.start * lanes..from.end * lanes].iter_mut().zip(moved).for_each(|(r, m)| *r -= self.ridge * m);
+            residual[from.start * lanes..from.end * lanes]
+                .iter_mut()
+                .zip(moved)
+                .for_each(|(r, m)| *r -= self.ridge * m);
         }
     }
 }
@@ -245,7 +268,11 @@ fn values_into(steps: &[f32], grids: &Grids, first: usize, out: &mut Vec<f32>) {
 }
 
 fn copy_lane(from: &[f32], to: &mut [f32], lane: usize, lanes: usize) {
-    from.iter().skip(lane).step_by(lanes).zip(to.iter_mut().skip(lane).step_by(lanes)).for_each(|(from, to)| *to = *from);
+    from.iter()
+        .skip(lane)
+        .step_by(lanes)
+        .zip(to.iter_mut().skip(lane).step_by(lanes))
+        .for_each(|(from, to)| *to = *from);
 }
 
 /// A positive scale in its storage type: never zero, never subnormal, never infinite.
@@ -275,7 +302,7 @@ mod tests {
     fn gram(k: usize, seed: u32) -> Vec<f32> {
         let tokens = 2 * k;
         let mut x = noise(tokens * k, seed);
-        x.chunks_exact_mut(k).for_each(|row| (1..k).for_each(|i| row[i] = 0.3 * row[i] + row[i - 1]));
+        x.chunks_exact_mut(k).for_each(|row| (1..k).for_each(|i| row[i] += 0.7 * row[i - 1]));
         let mut gram = vec![0.0; k * k];
         lite_linalg::gram_update(&mut gram, &x, tokens, k);
         lite_linalg::mirror_lower(&mut gram, k, 1.0 / tokens as f32);
@@ -305,7 +332,7 @@ mod tests {
             let (mut steps, mut grids) = nearest(&weight, k, width, 0.125, 15.0);
             let descent = Descent { weight: &weight, gram: &gram, ridge, k, scheme: &scheme };
             let mut buffers = RefineBuffers::default();
-            let history = descent.run(&mut steps, &mut grids, 60, &mut buffers);
+            let history = descent.run(&mut steps, &mut grids, 100, &mut buffers);
             for pair in history.windows(2) {
                 prop_assert!(pair[0].iter().zip(&pair[1]).all(|(before, after)| after <= before));
             }
@@ -318,13 +345,9 @@ mod tests {
             let again = descent.run(&mut steps, &mut grids, 1, &mut buffers);
             let (last, fresh) = (total(&history[history.len() - 1]), total(&again[0]));
             prop_assert!((last - fresh).abs() < 1e-4 * fresh, "{last} {fresh}");
-            // Bits that were rounded in f32 may still trade places in a few rows; the loss is settled.
-            let settled = total(&again[again.len() - 1]);
-            prop_assert!(settled > 0.999 * fresh, "{settled} {fresh}");
+            // The state is finite and every accepted sweep lowers the loss, so it comes to rest.
             if dtype == ScaleDtype::BF16 {
-                let moved = ended.iter().zip(&steps).filter(|(a, b)| a != b).count();
-                prop_assert!(moved * 100 < steps.len(), "{moved} of {} codes still move", steps.len());
-                prop_assert!(scales.iter().zip(&grids.scales).all(|(a, b)| (a - b).abs() <= 0.01 * a));
+                prop_assert!(ended == steps && scales == grids.scales, "still moving: {last} {}", total(&again[again.len() - 1]));
             }
         }
 

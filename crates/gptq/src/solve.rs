@@ -16,7 +16,11 @@ use crate::{GptqError, GptqSettings, Hessian, Problem, Solution};
 /// # Errors
 /// As these two.
 pub fn solve(problem: &Problem, settings: &GptqSettings) -> Result<Solution, GptqError> {
-    Hessian::new(problem.gram, problem.in_features, settings)?.solve(problem.weight, problem.out_features, problem.scheme)
+    Hessian::new(problem.gram, problem.in_features, settings)?.solve(
+        problem.weight,
+        problem.out_features,
+        problem.scheme,
+    )
 }
 
 /// The float target that makes a linear on the inputs it will really see reproduce the float linear on float inputs.
@@ -75,7 +79,7 @@ impl Hessian<'_> {
     ///
     /// Dead channels are zeroed. Group parameters come from nearest rounding of the float target and are fixed before
     /// the solve; the refinement then re-fits scales. Rows on which nearest rounding has the smaller Gram loss keep it.
-    /// `N·K²·(3 + 2 + 2·sweeps)` flops; the same bits for any number of threads.
+    /// `N·K²·(3 + 2 + 2·sweeps)` flops besides the range search; the same bits for any number of threads.
     ///
     /// # Errors
     /// [`GptqError::Quant`]: shapes that do not fit, K not a multiple of the group, NaN or Inf in the weight.

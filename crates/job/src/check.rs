@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use crate::passthrough::encode;
 use crate::source::ModelSource;
-use crate::{Action, JobError, Plan};
+use crate::{Action, JobError, Plan, QuantSite};
 
 /// The quality of one quantized linear.
 #[derive(Debug, Clone)]
@@ -22,6 +22,14 @@ pub struct SiteReport {
     pub block: usize,
     /// Relative error of its output on the calibration tokens; `None` without calibration.
     pub error: Option<f64>,
+    /// What the solver had to do instead of what was asked, in words.
+    pub fallback: Option<String>,
+}
+
+impl SiteReport {
+    pub(crate) fn new(site: &QuantSite, error: Option<f64>, fallback: Option<String>) -> Self {
+        Self { module: site.module.clone(), block: site.block, error, fallback }
+    }
 }
 
 /// What the check found.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use lite_awq::AwqError;
 use lite_calib::CalibError;
 use lite_decoder::DecoderError;
+use lite_gptq::GptqError;
 use lite_model::ModelError;
 use lite_model::hub::HubError;
 use lite_pack::PackError;
@@ -106,6 +107,22 @@ pub enum JobError {
         /// Why not.
         source: AwqError,
     },
+    /// A linear could not be solved.
+    #[error("`{module}`: {source}")]
+    Gptq {
+        /// Module name.
+        module: String,
+        /// Why not.
+        source: GptqError,
+    },
+    /// A block could not be tuned.
+    #[error("block {block}: {reason}")]
+    Tune {
+        /// Block index.
+        block: usize,
+        /// Why not.
+        reason: String,
+    },
     /// Model files.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -145,6 +162,13 @@ impl JobError {
             Self::Interrupted(_) => ErrorKind::Interrupted,
             Self::Io { .. } => ErrorKind::Io,
             Self::Quant(_) => ErrorKind::Usage,
+            Self::Tune { .. } => ErrorKind::Input,
+            Self::Gptq { source, .. } => match source {
+                GptqError::Damp { .. } | GptqError::Block => ErrorKind::Usage,
+                // Only without the fallback: the run could not be what was asked for.
+                GptqError::NoSignal | GptqError::NotFactored { .. } => ErrorKind::Verification,
+                _ => ErrorKind::Input,
+            },
             Self::Model(error) => match error.kind() {
                 lite_model::ErrorKind::Input => ErrorKind::Input,
                 lite_model::ErrorKind::Unsupported => ErrorKind::Unsupported,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use lite_decoder::BlockSpec;
 use lite_stats::StatsTap;
 
-use crate::QuantSite;
+use crate::{QuantSite, Rounding, Solver};
 
 /// Memory of a run, bytes. The peak does not depend on the number of blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -72,6 +72,7 @@ pub(crate) struct Costs<'a> {
     pub(crate) eval_windows: usize,
     pub(crate) eval_seqlen: usize,
     pub(crate) search: bool,
+    pub(crate) solver: Solver,
     pub(crate) source_bytes_per_weight: u64,
 }
 
@@ -120,11 +121,24 @@ impl Costs<'_> {
                 + tokens(self.batch.max(1), self.seqlen.max(1)).min(check_tokens.max(1)) * per_token
                 + (self.vocab as u64).min(8192) * self.hidden as u64 * 8
         };
+        let solves = self.solver.rounding != Rounding::Nearest;
+        // The factor, its order and two copies on the way to it; the float target.
+        let solve = solve + if solves && calibrated { widest * widest * 16 + largest * 8 } else { 0 };
+        // Two streams, and what each keeps between attention and o.
+        let heads = self.blocks.iter().flat_map(|b| b.site(lite_decoder::Role::O)).map(|s| s.in_features).max().unwrap_or(0);
+        let stores = match (self.solver.error_aware, self.solver.tune) {
+            (false, _) => self.hidden,
+            (true, false) => 2 * (self.hidden + heads),
+            (true, true) => 3 * self.hidden + 2 * heads,
+        } as u64;
+        let blocks = if self.solver.error_aware { 2 } else { 1 };
+        let grams = if self.solver.error_aware { widest * widest * 8 } else { grams };
+        let block = block * (4 * blocks + self.source_bytes_per_weight);
         MemoryEstimate {
             base: BASE,
-            block: block * (4 + self.source_bytes_per_weight),
+            block,
             grams: if calibrated { grams } else { 0 },
-            hidden: tokens(self.windows, self.seqlen) * self.hidden as u64 * 4,
+            hidden: tokens(self.windows, self.seqlen) * stores * 4,
             spooled: false,
             activations: tokens(self.batch.min(self.windows), self.seqlen) * per_token,
             solve,
@@ -150,7 +164,15 @@ impl Costs<'_> {
             let (n, k) = (site.out_features as f64, site.in_features as f64);
             if tokens > 0.0 {
                 // Once for the statistics, once through the quantized block.
-                work.forward += 2.0 * tokens * 2.0 * n * k;
+                let passes = if self.solver.error_aware { 3.0 } else { 2.0 };
+                work.forward += passes * tokens * 2.0 * n * k;
+                if self.solver.rounding != Rounding::Nearest {
+                    // Solve, nearest rounding beside it, losses, sweeps; a share of the factor; the target.
+                    work.solve += 12.0 * n * k * k + 2.0 / 3.0 * k * k * k;
+                }
+                if self.solver.tune {
+                    work.forward += 100.0 * (8 * self.seqlen) as f64 * 6.0 * n * k;
+                }
                 // Range search over tiles of the Gram matrix, twice in the search and once at the end;
                 // losses are full products.
                 let tile = 2.0 * n * k * k.min(128.0) * lite_quant::SHRINK_STEPS as f64;
@@ -164,7 +186,7 @@ impl Costs<'_> {
         for block in self.blocks {
             let widths: BTreeMap<_, f64> = block.sites.iter().map(|s| (s.input, s.in_features as f64)).collect();
             for k in widths.values() {
-                work.gram += tokens * k * k;
+                work.gram += tokens * k * k * if self.solver.error_aware { 3.0 } else { 1.0 };
                 if self.search && tokens > 0.0 {
                     work.solve += 39.0 * 2.0 * 512.0 * k * k;
                 }

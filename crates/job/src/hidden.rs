@@ -27,7 +27,7 @@ impl HiddenStates {
         Self { windows, window_values, storage: Storage::Memory(vec![0.0; windows * window_values]) }
     }
 
-    /// The same in a file, which is removed when this is dropped.
+    /// The same in a file. It has no name any more once it is open, so nothing is left of it whatever happens.
     pub(crate) fn in_file(path: &Path, windows: usize, window_values: usize) -> Result<Self, JobError> {
         let file = File::options()
             .read(true)
@@ -36,6 +36,7 @@ impl HiddenStates {
             .truncate(true)
             .open(path)
             .map_err(JobError::io("create the spool file", path))?;
+        std::fs::remove_file(path).map_err(JobError::io("unlink the spool file", path))?;
         file.set_len((windows * window_values * 4) as u64).map_err(JobError::io("size the spool file", path))?;
         Ok(Self { windows, window_values, storage: Storage::Spool { file, path: path.to_owned() } })
     }
@@ -72,15 +73,6 @@ impl HiddenStates {
     }
 }
 
-impl Drop for HiddenStates {
-    fn drop(&mut self) {
-        if let Storage::Spool { path, .. } = &self.storage {
-            // Best effort: the whole job folder is removed at the end anyway.
-            let _ = std::fs::remove_file(path);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,7 +90,6 @@ mod tests {
             assert_eq!(stores[0].read(first, 2).unwrap(), stores[1].read(first, 2).unwrap());
         }
         assert_eq!(stores[1].read(2, 1).unwrap()[0], 7.0 * 0.3);
-        drop(stores);
         assert!(!path.exists());
     }
 }

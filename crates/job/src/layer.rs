@@ -4,12 +4,16 @@ use std::collections::BTreeMap;
 
 use lite_awq::{Consumer, FoldProblem, fixed_scales, search_scales};
 use lite_decoder::{Block, BlockSpec, Fold, InputId, Producer};
+use lite_gptq::{Fallback, GptqSettings, Hessian, NearestReason};
 use lite_linalg::unscale_gram;
-use lite_quant::{QuantizedLinear, Range, RangeContext, ScaleDtype, Scheme, quantize_nearest, relative_error};
+use lite_quant::{QuantizedLinear, RangeContext, ScaleDtype, gram_loss, quantize_nearest};
 use lite_stats::BlockStats;
 
 use crate::fold::{Edit, apply, frozen_channels, missing, to_vec};
-use crate::{JobError, Method};
+use crate::{JobError, Method, Plan, QuantSite, Rounding};
+
+/// Coordinate-descent sweeps of [`Rounding::Refine`].
+const SWEEPS: usize = 3;
 
 /// What folding left behind.
 #[derive(Debug, Default)]
@@ -25,15 +29,12 @@ pub(crate) fn fold_block(
     block: &mut Block,
     spec: &BlockSpec,
     stats: &BlockStats,
-    scheme: &Scheme,
-    range: Range,
-    method: Method,
+    plan: &Plan,
     storage: &dyn Fn(&str) -> ScaleDtype,
 ) -> Result<Folded, JobError> {
     let mut folded = Folded::default();
-    let Method::Awq { search_scale } = method;
-    for fold in &spec.folds {
-        let scales = fold_scales(block, spec, stats, fold, scheme, range, search_scale)?;
+    for fold in &plan.folds[spec.index] {
+        let scales = fold_scales(block, spec, stats, fold, plan)?;
         let (effective, edits) = apply(block, spec, fold, &scales, storage)?;
         folded.scales.insert(fold.input, effective);
         folded.edits.extend(edits);
@@ -46,16 +47,14 @@ fn fold_scales(
     spec: &BlockSpec,
     stats: &BlockStats,
     fold: &Fold,
-    scheme: &Scheme,
-    range: Range,
-    search_scale: bool,
+    plan: &Plan,
 ) -> Result<Vec<f32>, JobError> {
     let input = stats
         .get(fold.input)
-        .ok_or_else(|| JobError::Input(format!("no statistics were gathered for {:?}", fold.input)))?;
+        .ok_or_else(|| JobError::Input(format!("no statistics were gathered for {}", fold.input)))?;
     let mut weights = Vec::new();
     for id in &fold.consumers {
-        let site = spec.sites.iter().find(|s| s.id == *id).ok_or_else(|| missing(id.role))?;
+        let site = spec.site(id.role).ok_or_else(|| missing(id.role))?;
         let weight = block.weight(id.role).ok_or_else(|| missing(id.role))?;
         weights.push((to_vec(weight)?, site.out_features));
     }
@@ -64,7 +63,8 @@ fn fold_scales(
         Producer::Rows { rows, .. } => Some(rows.as_slice()),
         Producer::Norm { .. } => None,
     };
-    let activation = if search_scale { input.abs_mean() } else { input.abs_max().to_vec() };
+    let search = plan.method == Method::Awq { search_scale: true };
+    let activation = if search { input.abs_mean() } else { input.abs_max().to_vec() };
     let problem = FoldProblem {
         consumers: weights.iter().map(|(weight, n)| Consumer { weight, out_features: *n }).collect(),
         in_features: input.in_features,
@@ -73,37 +73,114 @@ fn fold_scales(
         ties,
         frozen: frozen.as_deref(),
     };
-    if !search_scale {
-        return Ok(fixed_scales(&problem, scheme));
+    // Consumers of one input share a scheme, or the first one's stands for all.
+    let scheme = fold
+        .consumers
+        .first()
+        .and_then(|id| plan.sites.iter().find(|s| s.site == Some(*id)))
+        .map_or(plan.scheme, |site| site.scheme);
+    if !search {
+        return Ok(fixed_scales(&problem, &scheme));
     }
-    let name = format!("{:?}", fold.input.stream);
-    let choice = search_scales(&problem, scheme, range)
-        .map_err(|source| JobError::Awq { block: spec.index, input: name, source })?;
+    let choice = search_scales(&problem, &scheme, plan.range).map_err(|source| JobError::Awq {
+        block: spec.index,
+        input: format!("{:?}", fold.input.stream),
+        source,
+    })?;
     Ok(choice.scales)
 }
 
-/// One quantized linear, with the relative error of its output on the calibration tokens.
+/// One quantized linear.
 #[derive(Debug)]
 pub(crate) struct Solved {
     pub(crate) quantized: QuantizedLinear,
+    /// Relative error of its output on the calibration tokens.
     pub(crate) error: Option<f64>,
+    /// What the solver had to do instead of what was asked, in words.
+    pub(crate) fallback: Option<String>,
+    /// What the codes stand for, if it is not the weight itself.
+    pub(crate) target: Option<Vec<f32>>,
 }
 
-/// Chooses the codes of one linear. `gram` is that of the input as the folded block sees it.
-pub(crate) fn solve(
-    module: &str,
-    weight: &[f32],
-    n: usize,
-    k: usize,
-    gram: Option<&[f32]>,
-    scheme: &Scheme,
-    range: Range,
-) -> Result<Solved, JobError> {
-    let context = RangeContext { weight, out_features: n, in_features: k, gram };
-    let quantized = quantize_nearest(&context, scheme, range)
-        .map_err(|source| JobError::Tensor { tensor: format!("{module}.weight"), source })?;
-    let error = gram.map(|gram| relative_error(weight, &quantized.dequantize(), gram, n, k));
-    Ok(Solved { quantized, error })
+/// Rounds one linear without statistics.
+pub(crate) fn round_plain(site: &QuantSite, weight: &[f32], plan: &Plan) -> Result<Solved, JobError> {
+    let context = RangeContext { weight, out_features: site.out_features, in_features: site.in_features, gram: None };
+    let quantized = quantize_nearest(&context, &site.scheme, plan.range).map_err(tensor_error(site))?;
+    Ok(Solved { quantized, error: None, fallback: None, target: None })
+}
+
+/// Chooses the codes of all linears that share one input. `gram` is that of the input as the folded block
+/// sees it, `cross` belongs to the float stream if the target is to make up for the drift between the two.
+pub(crate) fn solve_input(
+    sites: &[(&QuantSite, Vec<f32>)],
+    gram: &[f32],
+    cross: Option<&[f32]>,
+    plan: &Plan,
+) -> Result<Vec<Solved>, JobError> {
+    let Some((first, _)) = sites.first() else { return Ok(Vec::new()) };
+    let k = first.in_features;
+    if plan.solver.rounding == Rounding::Nearest {
+        let round = |(site, weight): &(&QuantSite, Vec<f32>)| {
+            let context = RangeContext { weight, out_features: site.out_features, in_features: k, gram: Some(gram) };
+            let quantized = quantize_nearest(&context, &site.scheme, plan.range).map_err(tensor_error(site))?;
+            let loss = gram_loss(weight, &quantized.dequantize(), gram, site.out_features, k);
+            let error = Some(relative(loss, weight, gram, site));
+            Ok(Solved { quantized, error, fallback: None, target: None })
+        };
+        return sites.iter().map(round).collect();
+    }
+    let settings = GptqSettings {
+        damp: plan.solver.damp,
+        act_order: plan.solver.act_order,
+        range: plan.range,
+        refine_sweeps: if plan.solver.rounding == Rounding::Refine { SWEEPS } else { 0 },
+        fallback: plan.solver.fallback,
+        ..GptqSettings::default()
+    };
+    let failed = |site: &QuantSite| {
+        let module = site.module.clone();
+        move |source| JobError::Gptq { module, source }
+    };
+    let hessian = Hessian::new(gram, k, &settings).map_err(failed(first))?;
+    let usable = !matches!(hessian.fallback(), Fallback::Nearest { .. });
+    let solve = |(site, weight): &(&QuantSite, Vec<f32>)| {
+        let target = match cross {
+            Some(cross) if usable => Some(hessian.error_aware_target(weight, cross).map_err(failed(site))?),
+            _ => None,
+        };
+        let float = target.as_deref().unwrap_or(weight);
+        let solution = hessian.solve(float, site.out_features, &site.scheme).map_err(failed(site))?;
+        let error = Some(relative(solution.loss, float, gram, site));
+        let kept = solution.kept_nearest && usable;
+        let fallback = words(solution.fallback)
+            .or_else(|| kept.then(|| "kept nearest rounding, which had the smaller error on every row".to_owned()));
+        Ok(Solved { quantized: solution.quantized, error, fallback, target })
+    };
+    sites.iter().map(solve).collect()
+}
+
+fn relative(loss: f64, weight: &[f32], gram: &[f32], site: &QuantSite) -> f64 {
+    let energy = gram_loss(weight, &vec![0.0; weight.len()], gram, site.out_features, site.in_features);
+    if energy > 0.0 { (loss.max(0.0) / energy).sqrt() } else { 0.0 }
+}
+
+fn words(fallback: Fallback) -> Option<String> {
+    match fallback {
+        Fallback::None => None,
+        Fallback::Damped { damp } => Some(format!("needed damping {damp}")),
+        Fallback::Double { damp } => Some(format!("needed f64 and damping {damp}")),
+        Fallback::Nearest { reason: NearestReason::NoSignal } => {
+            Some("rounded to nearest: no token reached this input".to_owned())
+        }
+        Fallback::Nearest { reason: NearestReason::NotFactored(_) } => {
+            Some("rounded to nearest: its Gram matrix could not be factored".to_owned())
+        }
+    }
+}
+
+fn tensor_error(site: &QuantSite) -> impl FnOnce(lite_quant::QuantError) -> JobError {
+    let tensor = format!("{}.weight", site.module);
+    move |source| JobError::Tensor { tensor, source }
 }
 
 /// The Gram matrix of `input` after the fold's scales were divided out of it.

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod calibrate;
 mod check;
 mod error;
 mod estimate;
@@ -21,7 +22,9 @@ mod locate;
 mod passthrough;
 mod plan;
 mod recipe;
+mod rules;
 mod run;
+mod sequential;
 mod source;
 mod tensors;
 mod workdir;
@@ -33,7 +36,9 @@ pub use estimate::{MemoryEstimate, Work};
 pub use events::{Event, Observer, Silent};
 pub use locate::{HubFetcher, locate_model};
 pub use plan::{Plan, prepare};
-pub use recipe::{CalibSettings, DeviceChoice, DtypeChoice, EvalSettings, Method, Recipe};
+pub use recipe::{
+    CalibSettings, DeviceChoice, DtypeChoice, EvalSettings, Method, Override, Recipe, Rounding, Solver,
+};
 pub use run::{RunReport, run};
 pub use tensors::{Action, QuantSite, TensorPlan};
 pub use workdir::WorkDir;

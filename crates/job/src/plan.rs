@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use candle_core::Device;
-use lite_decoder::{DecoderSpec, Producer};
+use lite_decoder::{DecoderSpec, Fold, Producer};
 use lite_model::{Checkpoint, Dtype, OutputTensor, printable};
 use lite_pack::{ConfigFacts, Layout};
 use lite_pack::targets::{Severity, SiteFacts, Target, Verdict, check, engines_for};
@@ -14,7 +14,7 @@ use crate::estimate::Costs;
 use crate::source::stored_embedding;
 use crate::tensors::{guess_sites, sites_of};
 use crate::workdir::WorkDir;
-use crate::{Action, DtypeChoice, JobError, MemoryEstimate, Method, QuantSite, Recipe, TensorPlan, Work};
+use crate::{Action, DtypeChoice, JobError, MemoryEstimate, Method, QuantSite, Recipe, Solver, TensorPlan, Work};
 
 /// Tokens of a default batch.
 const BATCH_TOKENS: usize = 4096;
@@ -41,6 +41,12 @@ pub struct Plan {
     pub layout: &'static dyn Layout,
     /// Linears to quantize, in the order of the blocks.
     pub sites: Vec<QuantSite>,
+    /// Linears inside blocks that stay plain by a rule.
+    pub plain_sites: Vec<QuantSite>,
+    /// By block: the folds that the method uses.
+    pub folds: Vec<Vec<Fold>>,
+    /// How codes are chosen.
+    pub solver: Solver,
     /// One row for every source tensor.
     pub tensors: Vec<TensorPlan>,
     /// `quantization_config` of the output.
@@ -139,20 +145,23 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
     let plain = plain_dtype(checkpoint);
     let (scale_dtype, dtype) = output_dtype(recipe.dtype, plain)?;
     let scheme = Scheme::new(recipe.bits, recipe.group_size, recipe.symmetric, scale_dtype)?;
-    let sites = match &spec {
-        Some(spec) => sites_of(spec),
-        None => guess_sites(checkpoint),
+    let mut sites = match &spec {
+        Some(spec) => sites_of(spec, scheme),
+        None => guess_sites(checkpoint, scheme),
     };
     if sites.is_empty() {
         return Err(JobError::Unsupported(
             "no linear was found inside decoder blocks (two-dimensional `….layers.N.….weight` tensors)".to_owned(),
         ));
     }
-    check_groups(&scheme, &sites)?;
+    check_solver(recipe)?;
+    let plain_sites = crate::rules::apply(recipe, &mut sites)?;
+    check_groups(&sites)?;
     let layout = choose_layout(recipe, &scheme)?;
     for site in &sites {
-        layout.check(&scheme, site.out_features, site.in_features)?;
+        layout.check(&site.scheme, site.out_features, site.in_features)?;
     }
+    let folds = exact_folds(spec.as_ref(), &sites, recipe.method, data_free);
     let ignored = ignored_linears(checkpoint, spec.as_ref(), &sites);
     let facts = site_facts(checkpoint, &sites, &ignored);
     let architectures = [arch.clone()];
@@ -173,7 +182,7 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
         Some(batch) => batch,
         None => (BATCH_TOKENS / seqlen.max(1)).max(1),
     };
-    let tensors = plan_tensors(checkpoint, spec.as_ref(), &sites, layout, &scheme, dtype, data_free, &mut notes)?;
+    let tensors = plan_tensors(checkpoint, spec.as_ref(), &sites, layout, dtype, &rescaled_tensors(spec.as_ref(), &folds), &mut notes)?;
     let output_bytes: u64 = tensors.iter().flat_map(|row| &row.outputs).map(OutputTensor::bytes).sum();
 
     let no_blocks = Vec::new();
@@ -188,6 +197,7 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
         eval_windows,
         eval_seqlen,
         search: matches!(recipe.method, Method::Awq { search_scale: true }),
+        solver: recipe.solver,
         source_bytes_per_weight: (plain.bitsize() / 8) as u64,
     };
     let mut memory = costs.memory();
@@ -227,7 +237,12 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
     }
     WorkDir::check(&recipe.work_dir, Some(checkpoint.root()), recipe.overwrite)?;
     let work = costs.work();
-    let config_facts = ConfigFacts { ignored, ..ConfigFacts::new(scheme) };
+    let config_facts = ConfigFacts {
+        ignored,
+        overrides: sites.iter().filter(|s| s.scheme != scheme).map(|s| (s.module.clone(), s.scheme)).collect(),
+        act_order: recipe.solver.rounding != crate::Rounding::Nearest && recipe.solver.act_order,
+        ..ConfigFacts::new(scheme)
+    };
     Ok(Plan {
         model: checkpoint.root().to_owned(),
         arch,
@@ -255,6 +270,9 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
         warnings,
         tensors,
         sites,
+        plain_sites,
+        folds,
+        solver: recipe.solver,
         spec,
     })
 }
@@ -301,8 +319,50 @@ fn output_dtype(choice: DtypeChoice, plain: Dtype) -> Result<(ScaleDtype, Option
     })
 }
 
-fn check_groups(scheme: &Scheme, sites: &[QuantSite]) -> Result<(), JobError> {
-    let bad: Vec<&QuantSite> = sites.iter().filter(|s| scheme.group_size.width(s.in_features).is_err()).collect();
+/// Settings of the solver that cannot be.
+fn check_solver(recipe: &Recipe) -> Result<(), JobError> {
+    let solver = &recipe.solver;
+    // Written so that NaN fails.
+    if !(solver.damp > 0.0 && solver.damp <= 1.0) {
+        return Err(JobError::Usage(format!(
+            "--damp-percent {}: give a fraction of the mean Gram diagonal above 0 and at most 1, such as 0.01",
+            solver.damp
+        )));
+    }
+    let nearest = solver.rounding == crate::Rounding::Nearest;
+    if recipe.calib.samples == 0 && !nearest {
+        return Err(JobError::Usage(
+            "--calib-samples 0 leaves nothing to solve with; use --rounding nearest (or --effort fast), or calibrate".to_owned(),
+        ));
+    }
+    if nearest && (solver.error_aware || solver.tune) {
+        return Err(JobError::Usage(
+            "--rounding nearest takes neither error-aware targets nor block tuning; use --rounding refine".to_owned(),
+        ));
+    }
+    Ok(())
+}
+
+/// Per block, the folds whose every linear is quantized: a plain one could not absorb scales exactly.
+fn exact_folds(spec: Option<&DecoderSpec>, sites: &[QuantSite], method: Method, data_free: bool) -> Vec<Vec<Fold>> {
+    let Some(spec) = spec else { return Vec::new() };
+    let quantized: BTreeSet<_> = sites.iter().filter_map(|s| s.site).collect();
+    let exact = |fold: &&Fold| {
+        let producer = match &fold.producer {
+            Producer::Norm { .. } => true,
+            Producer::Rows { site, .. } => quantized.contains(site),
+        };
+        producer && fold.consumers.iter().all(|id| quantized.contains(id))
+    };
+    let none = data_free || method == Method::Plain;
+    spec.blocks
+        .iter()
+        .map(|block| if none { Vec::new() } else { block.folds.iter().filter(exact).cloned().collect() })
+        .collect()
+}
+
+fn check_groups(sites: &[QuantSite]) -> Result<(), JobError> {
+    let bad: Vec<&QuantSite> = sites.iter().filter(|s| s.scheme.group_size.width(s.in_features).is_err()).collect();
     let Some(first) = bad.first() else { return Ok(()) };
     let fits: Vec<String> = [256usize, 128, 64, 32, 16]
         .into_iter()
@@ -312,7 +372,7 @@ fn check_groups(scheme: &Scheme, sites: &[QuantSite]) -> Result<(), JobError> {
         .collect();
     Err(JobError::Usage(format!(
         "group size {} does not divide the {} input features of `{}` ({} of {} linears); this model takes --w-group-size {}",
-        scheme.group_size.to_flag(),
+        first.scheme.group_size.to_flag(),
         first.in_features,
         printable(&first.module),
         bad.len(),
@@ -341,7 +401,7 @@ fn site_facts(checkpoint: &Checkpoint, sites: &[QuantSite], ignored: &[String]) 
         n: s.out_features,
         k: s.in_features,
         quantized: true,
-        scheme: None,
+        scheme: Some(s.scheme),
     });
     let plain = ignored.iter().filter_map(|module| {
         let [n, k] = checkpoint.info(&format!("{module}.weight"))?.shape[..] else { return None };
@@ -423,14 +483,12 @@ fn plan_tensors(
     spec: Option<&DecoderSpec>,
     sites: &[QuantSite],
     layout: &dyn Layout,
-    scheme: &Scheme,
     dtype: Option<(Dtype, &'static str)>,
-    data_free: bool,
+    rescaled: &BTreeSet<String>,
     notes: &mut Vec<String>,
 ) -> Result<Vec<TensorPlan>, JobError> {
     let by_weight: BTreeMap<String, usize> =
         sites.iter().enumerate().map(|(i, s)| (format!("{}.weight", s.module), i)).collect();
-    let rescaled = if data_free { BTreeSet::new() } else { spec.map(rescaled_tensors).unwrap_or_default() };
     let rename = spec.and_then(|spec| stored_embedding(checkpoint, spec));
     let mut rows = Vec::new();
     for name in checkpoint.names() {
@@ -447,7 +505,7 @@ fn plan_tensors(
         if let Some(&site) = by_weight.get(name) {
             let site_plan = &sites[site];
             let outputs = layout
-                .describe(scheme, site_plan.out_features, site_plan.in_features)?
+                .describe(&site_plan.scheme, site_plan.out_features, site_plan.in_features)?
                 .into_iter()
                 .map(|t| OutputTensor { name: format!("{}.{}", site_plan.module, t.suffix), dtype: t.dtype, shape: t.shape })
                 .collect();
@@ -497,19 +555,17 @@ fn is_copy_of_embedding(checkpoint: &Checkpoint, spec: &DecoderSpec, head: &str)
 }
 
 /// Norm weights and biases that absorb scales.
-fn rescaled_tensors(spec: &DecoderSpec) -> BTreeSet<String> {
+fn rescaled_tensors(spec: Option<&DecoderSpec>, folds: &[Vec<Fold>]) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
-    for block in &spec.blocks {
-        for fold in &block.folds {
-            match &fold.producer {
-                Producer::Norm { weight, bias } => {
-                    names.insert(weight.clone());
-                    names.extend(bias.clone());
-                }
-                Producer::Rows { site, .. } => {
-                    let producer = block.sites.iter().find(|s| s.id == *site && s.bias);
-                    names.extend(producer.map(|s| format!("{}.bias", s.module)));
-                }
+    for fold in folds.iter().flatten() {
+        match &fold.producer {
+            Producer::Norm { weight, bias } => {
+                names.insert(weight.clone());
+                names.extend(bias.clone());
+            }
+            Producer::Rows { site, .. } => {
+                let producer = spec.and_then(|spec| spec.site(*site)).filter(|s| s.bias);
+                names.extend(producer.map(|s| format!("{}.bias", s.module)));
             }
         }
     }

@@ -20,6 +20,12 @@ pub struct Recipe {
     pub overwrite: bool,
     /// How weights are prepared before they are rounded.
     pub method: Method,
+    /// How codes are chosen.
+    pub solver: Solver,
+    /// Linears with other bits or groups than the rest: `(regex, changes)`, later rules win.
+    pub overrides: Vec<Override>,
+    /// Regexes of linears that stay plain.
+    pub ignore: Vec<String>,
     /// Bits per weight, as typed.
     pub bits: i64,
     /// Group size, as typed; −1 is one scale per output channel.
@@ -53,11 +59,67 @@ pub struct Recipe {
 /// How weights are prepared before they are rounded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Method {
+    /// The weights as they are.
+    Plain,
     /// Activation-aware scales.
     Awq {
         /// Search the scales by output error; otherwise LMDeploy's fixed ratio 0.5 on max |x|.
         search_scale: bool,
     },
+}
+
+/// How codes are chosen.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Solver {
+    /// Who chooses them.
+    pub rounding: Rounding,
+    /// Solve for the float model's outputs on what the quantized model sees: two streams side by side, each input
+    /// gathered after everything before it was quantized. Needs [`Rounding::Gptq`] or [`Rounding::Refine`].
+    pub error_aware: bool,
+    /// Tune scales and rounding of each block against the float block's outputs.
+    pub tune: bool,
+    /// Visit columns by falling activation energy.
+    pub act_order: bool,
+    /// Damping, a fraction of the mean Gram diagonal.
+    pub damp: f32,
+    /// Whether a linear that cannot be solved may be rounded to nearest instead.
+    pub fallback: bool,
+}
+
+impl Solver {
+    /// Nearest rounding.
+    pub const NEAREST: Self = Self {
+        rounding: Rounding::Nearest,
+        error_aware: false,
+        tune: false,
+        act_order: true,
+        damp: 0.01,
+        fallback: true,
+    };
+}
+
+/// Who chooses the codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rounding {
+    /// The nearest code.
+    Nearest,
+    /// GPTQ's error feedback.
+    Gptq,
+    /// GPTQ, then coordinate descent over codes and scales.
+    Refine,
+}
+
+/// Other settings for some linears.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Override {
+    /// Regex over module names, anywhere in the name.
+    pub pattern: String,
+    /// Bits, if they differ.
+    pub bits: Option<i64>,
+    /// Group size, if it differs.
+    pub group_size: Option<i64>,
+    /// Symmetry, if it differs.
+    pub symmetric: Option<bool>,
 }
 
 /// Type of scales and plain tensors in the output.

@@ -1,29 +1,19 @@
 //! The run itself.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use candle_core::Tensor;
 use lite_calib::{CalibRequest, ModelTokenizer, Windows};
-use lite_decoder::{Block, DecoderError, DecoderSpec, NoTap, Rope, Tap, with_cpu_slice};
-use lite_model::{Checkpoint, CheckpointWriter, Dtype, atomic_write, edit_config};
-use lite_quant::ScaleDtype;
+use lite_model::{Checkpoint, CheckpointWriter, atomic_write, edit_config};
+use lite_quant::QuantizedLinear;
 use lite_runtime::QuantizedCheckpoint;
-use lite_stats::StatsTap;
 
-use crate::check::{Expected, check_tensors, compare_models, encode_edit, fingerprint};
-use crate::fold::{missing, tensor, to_vec};
-use crate::hidden::HiddenStates;
-use crate::layer::{Folded, Solved, fold_block, folded_gram, solve};
+use crate::check::{Expected, check_tensors, compare_models, fingerprint};
+use crate::layer::round_plain;
 use crate::passthrough::{count_not_finite, encode, not_finite};
-use crate::source::ModelSource;
 use crate::workdir::WorkDir;
 use crate::{Action, CheckReport, Event, HubFetcher, JobError, Observer, Plan, Recipe, SiteReport, locate_model, prepare};
-
-/// Largest change of a block's float output that folding may cause: f32 rounding, with room.
-const FOLD_TOLERANCE: f64 = 1e-4;
 
 /// What a finished run did.
 #[derive(Debug, Clone)]
@@ -151,13 +141,13 @@ impl Texts {
     }
 }
 
-struct Runner<'a> {
-    recipe: &'a Recipe,
-    plan: &'a Plan,
-    checkpoint: &'a Checkpoint,
-    observer: &'a dyn Observer,
-    cancel: &'a AtomicBool,
-    work: &'a WorkDir,
+pub(crate) struct Runner<'a> {
+    pub(crate) recipe: &'a Recipe,
+    pub(crate) plan: &'a Plan,
+    pub(crate) checkpoint: &'a Checkpoint,
+    pub(crate) observer: &'a dyn Observer,
+    pub(crate) cancel: &'a AtomicBool,
+    pub(crate) work: &'a WorkDir,
 }
 
 impl Runner<'_> {
@@ -168,7 +158,7 @@ impl Runner<'_> {
         let writer = CheckpointWriter::create(&staging, outputs, self.recipe.max_shard_bytes)?;
         let mut expected = Expected::default();
         self.write_plain(&writer, &mut expected)?;
-        let errors = match (&self.plan.spec, &texts.calibration) {
+        let sites = match (&self.plan.spec, &texts.calibration) {
             (Some(spec), Some(windows)) => self.calibrated(spec, windows, &writer, &mut expected)?,
             _ => self.data_free(&writer, &mut expected)?,
         };
@@ -176,15 +166,10 @@ impl Runner<'_> {
         self.checkpoint.copy_side_files(&staging)?;
         self.write_config(&staging)?;
         let check = self.check(&staging, texts, &expected)?;
-        let report = |(site, error): (&crate::QuantSite, Option<f64>)| SiteReport {
-            module: site.module.clone(),
-            block: site.block,
-            error,
-        };
-        Ok((self.plan.sites.iter().zip(errors).map(report).collect(), check))
+        Ok((sites, check))
     }
 
-    fn go_on(&self) -> Result<(), JobError> {
+    pub(crate) fn go_on(&self) -> Result<(), JobError> {
         if self.cancel.load(Ordering::Relaxed) {
             return Err(JobError::Interrupted(self.recipe.work_dir.clone()));
         }
@@ -219,27 +204,27 @@ impl Runner<'_> {
     }
 
     /// Packs and writes one solved linear.
-    fn write_linear(
+    pub(crate) fn write_linear(
         &self,
         module: &str,
-        solved: &Solved,
+        quantized: &QuantizedLinear,
         writer: &CheckpointWriter,
         expected: &mut Expected,
     ) -> Result<(), JobError> {
         if let Some(target) = self.recipe.target
-            && let Some(violation) = lite_pack::targets::check_scales(target, module, &solved.quantized.scales)
+            && let Some(violation) = lite_pack::targets::check_scales(target, module, &quantized.scales)
         {
             return Err(JobError::Target { target: target.name().to_owned(), violations: vec![violation] });
         }
-        for packed in self.plan.layout.pack(&solved.quantized)? {
+        for packed in self.plan.layout.pack(quantized)? {
             writer.write(&format!("{module}.{}", packed.suffix), &packed.data)?;
         }
-        expected.linears.insert(module.to_owned(), fingerprint(&solved.quantized));
+        expected.linears.insert(module.to_owned(), fingerprint(quantized));
         Ok(())
     }
 
     /// Without data: linear by linear, nothing is run.
-    fn data_free(&self, writer: &CheckpointWriter, expected: &mut Expected) -> Result<Vec<Option<f64>>, JobError> {
+    fn data_free(&self, writer: &CheckpointWriter, expected: &mut Expected) -> Result<Vec<SiteReport>, JobError> {
         let blocks = self.plan.sites.iter().map(|s| s.block + 1).max().unwrap_or(0);
         let mut clock = LayerClock::new(self.observer, blocks);
         for (i, site) in self.plan.sites.iter().enumerate() {
@@ -249,144 +234,14 @@ impl Runner<'_> {
             }
             let name = format!("{}.weight", site.module);
             let weight = self.checkpoint.tensor_f32(&name)?;
-            let (n, k) = (site.out_features, site.in_features);
-            let solved = solve(&site.module, &weight, n, k, None, &self.plan.scheme, self.plan.range)?;
-            self.write_linear(&site.module, &solved, writer, expected)?;
+            let solved = round_plain(site, &weight, self.plan)?;
+            self.write_linear(&site.module, &solved.quantized, writer, expected)?;
             self.checkpoint.release([name.as_str()]);
             if self.plan.sites.get(i + 1).is_none_or(|next| next.block != site.block) {
                 clock.done(site.block, &[]);
             }
         }
-        Ok(vec![None; self.plan.sites.len()])
-    }
-
-    /// With data: block by block, each fed with the outputs of the quantized blocks before it.
-    fn calibrated(
-        &self,
-        spec: &DecoderSpec,
-        windows: &Windows,
-        writer: &CheckpointWriter,
-        expected: &mut Expected,
-    ) -> Result<Vec<Option<f64>>, JobError> {
-        let plan = self.plan;
-        let source = ModelSource::new(self.checkpoint, spec);
-        let (count, seqlen) = (windows.tokens.len(), plan.seqlen);
-        let window_values = seqlen * spec.hidden;
-        let mut hidden = if plan.memory.spooled {
-            HiddenStates::in_file(&self.work.spool_file(), count, window_values)?
-        } else {
-            HiddenStates::in_memory(count, window_values)
-        };
-        for (i, window) in windows.tokens.iter().enumerate() {
-            self.go_on()?;
-            hidden.write(i, &lite_runtime::embed(spec, &source, window)?)?;
-        }
-        self.checkpoint.release([spec.embed.weight.as_str()]);
-        let rope = Rope::new(spec, seqlen, &plan.device)?;
-        let storage = storage_types(plan);
-        let storage = |name: &str| storage.get(name).copied().unwrap_or(ScaleDtype::F32);
-        let mut errors: BTreeMap<String, f64> = BTreeMap::new();
-        let mut clock = LayerClock::new(self.observer, spec.blocks.len());
-        for block_spec in &spec.blocks {
-            let index = block_spec.index;
-            clock.started(index);
-            let mut block = Block::load(spec, index, &source, &plan.device)?;
-            let needs: Vec<String> =
-                spec.tensors().into_iter().filter(|t| t.block == Some(index)).map(|t| t.name).collect();
-            self.checkpoint.release(needs.iter().map(String::as_str));
-
-            clock.step(index, "calibrate");
-            let mut tap = StatsTap::new(block_spec);
-            let first = self.input(&hidden, 0, 1, spec)?;
-            let before = block.forward(&first, &rope, &mut NoTap)?;
-            self.each_batch(&mut hidden, spec, &block, &rope, &mut tap, false)?;
-            let stats = tap.finish()?;
-
-            clock.step(index, "search");
-            let folded = fold_block(&mut block, block_spec, &stats, &plan.scheme, plan.range, plan.method, &storage)?;
-            let after = block.forward(&first, &rope, &mut NoTap)?;
-            check_fold(index, &first, &before, &after)?;
-
-            clock.step(index, "round");
-            for edit in &folded.edits {
-                let data = encode_edit(plan, &edit.tensor, &edit.values)?;
-                expected.tensor(&edit.tensor, &data);
-                writer.write(&edit.tensor, &data)?;
-            }
-            let found = self.quantize_block(&mut block, block_spec, &stats, &folded, writer, expected)?;
-            drop(stats);
-            let layer_errors: Vec<f64> = found.iter().map(|(_, error)| *error).collect();
-            errors.extend(found);
-
-            // The last block's outputs feed nothing.
-            if index + 1 < spec.blocks.len() {
-                clock.step(index, "propagate");
-                self.each_batch(&mut hidden, spec, &block, &rope, &mut NoTap, true)?;
-            }
-            clock.done(index, &layer_errors);
-        }
-        Ok(plan.sites.iter().map(|site| errors.get(&site.module).copied()).collect())
-    }
-
-    /// Quantizes and writes every linear of a folded block, and leaves the dequantized weights in it.
-    fn quantize_block(
-        &self,
-        block: &mut Block,
-        spec: &lite_decoder::BlockSpec,
-        stats: &lite_stats::BlockStats,
-        folded: &Folded,
-        writer: &CheckpointWriter,
-        expected: &mut Expected,
-    ) -> Result<Vec<(String, f64)>, JobError> {
-        let mut errors = Vec::new();
-        let mut gram: Option<(lite_decoder::InputId, Vec<f32>)> = None;
-        for site in &spec.sites {
-            self.go_on()?;
-            // Sites that share an input follow each other: one Gram matrix is at hand at a time.
-            if gram.as_ref().is_none_or(|(input, _)| *input != site.input) {
-                gram = folded_gram(stats, folded, site.input).map(|gram| (site.input, gram));
-            }
-            let weight = block.weight(site.id.role).ok_or_else(|| missing(site.id.role))?;
-            let (shape, device, values) = (weight.dims().to_vec(), weight.device().clone(), to_vec(weight)?);
-            let (n, k) = (site.out_features, site.in_features);
-            let gram = gram.as_ref().map(|(_, gram)| gram.as_slice());
-            let solved = solve(&site.module, &values, n, k, gram, &self.plan.scheme, self.plan.range)?;
-            drop(values);
-            self.write_linear(&site.module, &solved, writer, expected)?;
-            block.set_weight(site.id.role, tensor(solved.quantized.dequantize(), &shape, &device)?)?;
-            errors.extend(solved.error.map(|error| (site.module.clone(), error)));
-        }
-        Ok(errors)
-    }
-
-    fn input(&self, hidden: &HiddenStates, first: usize, count: usize, spec: &DecoderSpec) -> Result<Tensor, JobError> {
-        let shape = [count, self.plan.seqlen, spec.hidden];
-        tensor(hidden.read(first, count)?, &shape, &self.plan.device)
-    }
-
-    /// Runs all windows through `block`; `keep` replaces the hidden states by the outputs.
-    fn each_batch<T: Tap>(
-        &self,
-        hidden: &mut HiddenStates,
-        spec: &DecoderSpec,
-        block: &Block,
-        rope: &Rope,
-        tap: &mut T,
-        keep: bool,
-    ) -> Result<(), JobError> {
-        let windows = hidden.windows();
-        let mut first = 0;
-        while first < windows {
-            self.go_on()?;
-            let count = self.plan.batch.min(windows - first);
-            let x = self.input(hidden, first, count, spec)?;
-            let y = block.forward(&x, rope, tap)?;
-            if keep {
-                with_cpu_slice(&y, |values| hidden.write(first, values))??;
-            }
-            first += count;
-        }
-        Ok(())
+        Ok(self.plan.sites.iter().map(|site| SiteReport::new(site, None, None)).collect())
     }
 
     fn write_config(&self, staging: &std::path::Path) -> Result<(), JobError> {
@@ -430,53 +285,29 @@ impl Runner<'_> {
     }
 }
 
-/// The float type of each tensor that is written.
-fn storage_types(plan: &Plan) -> BTreeMap<&str, ScaleDtype> {
-    let dtype = |dtype: Dtype| match dtype {
-        Dtype::F16 => ScaleDtype::F16,
-        Dtype::BF16 => ScaleDtype::BF16,
-        _ => ScaleDtype::F32,
-    };
-    plan.tensors.iter().flat_map(|row| &row.outputs).map(|o| (o.name.as_str(), dtype(o.dtype))).collect()
-}
-
-/// A block's float output must not change by folding.
-fn check_fold(block: usize, input: &Tensor, before: &Tensor, after: &Tensor) -> Result<(), JobError> {
-    let norms = || -> Result<(f64, f64), candle_core::Error> {
-        let square = |t: Tensor| t.sqr()?.sum_all()?.to_scalar::<f32>().map(f64::from);
-        Ok((square((after - before)?)?, square((before - input)?)?))
-    };
-    let (change, size) = norms().map_err(DecoderError::from)?;
-    let found = if size > 0.0 { (change / size).sqrt() } else { change.sqrt() };
-    if found <= FOLD_TOLERANCE {
-        return Ok(());
-    }
-    Err(JobError::Fold { block, found, allowed: FOLD_TOLERANCE })
-}
-
 /// Sends a block's events with the time it took.
-struct LayerClock<'a> {
-    observer: &'a dyn Observer,
+pub(crate) struct LayerClock<'a> {
+    pub(crate) observer: &'a dyn Observer,
     of: usize,
     start: Instant,
 }
 
 impl<'a> LayerClock<'a> {
-    fn new(observer: &'a dyn Observer, of: usize) -> Self {
+    pub(crate) fn new(observer: &'a dyn Observer, of: usize) -> Self {
         Self { observer, of, start: Instant::now() }
     }
 
-    fn started(&mut self, block: usize) {
+    pub(crate) fn started(&mut self, block: usize) {
         self.start = Instant::now();
         self.observer.event(Event::LayerStarted { block, of: self.of });
     }
 
-    fn step(&self, block: usize, step: &'static str) {
+    pub(crate) fn step(&self, block: usize, step: &'static str) {
         self.observer.event(Event::LayerStep { block, step });
     }
 
     /// `errors`: relative output error of each linear.
-    fn done(&self, block: usize, errors: &[f64]) {
+    pub(crate) fn done(&self, block: usize, errors: &[f64]) {
         let mean = errors.iter().map(|e| e * e).sum::<f64>() / errors.len().max(1) as f64;
         let error = (!errors.is_empty()).then(|| mean.sqrt());
         let seconds = self.start.elapsed().as_secs_f64();

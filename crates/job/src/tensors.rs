@@ -2,6 +2,7 @@
 
 use lite_decoder::{DecoderSpec, SiteId};
 use lite_model::{Checkpoint, OutputTensor};
+use lite_quant::Scheme;
 
 /// A linear that is quantized.
 #[derive(Debug, Clone)]
@@ -16,6 +17,8 @@ pub struct QuantSite {
     pub in_features: usize,
     /// Linears that an engine fuses share this name.
     pub fused_group: String,
+    /// Bits, group size, symmetry, scale type.
+    pub scheme: Scheme,
     /// Its place in the decoder; `None` for architectures that are only known by tensor names.
     pub site: Option<SiteId>,
 }
@@ -53,7 +56,7 @@ pub struct TensorPlan {
 }
 
 /// The linears of a known decoder.
-pub(crate) fn sites_of(spec: &DecoderSpec) -> Vec<QuantSite> {
+pub(crate) fn sites_of(spec: &DecoderSpec, scheme: Scheme) -> Vec<QuantSite> {
     spec.sites()
         .map(|site| QuantSite {
             module: site.module.clone(),
@@ -61,6 +64,7 @@ pub(crate) fn sites_of(spec: &DecoderSpec) -> Vec<QuantSite> {
             out_features: site.out_features,
             in_features: site.in_features,
             fused_group: site.fused_group.clone(),
+            scheme,
             site: Some(site.id),
         })
         .collect()
@@ -68,7 +72,7 @@ pub(crate) fn sites_of(spec: &DecoderSpec) -> Vec<QuantSite> {
 
 /// The linears of a decoder that is known by its tensor names alone: two-dimensional `….weight` tensors
 /// inside numbered blocks, without norms, embeddings, routers, gates and vision towers.
-pub(crate) fn guess_sites(checkpoint: &Checkpoint) -> Vec<QuantSite> {
+pub(crate) fn guess_sites(checkpoint: &Checkpoint, scheme: Scheme) -> Vec<QuantSite> {
     const PLAIN: [&str; 9] =
         ["norm", "embed", "router", "vision", "visual", "audio", "rotary", "shared_expert_gate", "lm_head"];
     let mut sites = Vec::new();
@@ -85,6 +89,7 @@ pub(crate) fn guess_sites(checkpoint: &Checkpoint) -> Vec<QuantSite> {
             out_features: *n,
             in_features: *k,
             fused_group: fused_group(module),
+            scheme,
             site: None,
         });
     }

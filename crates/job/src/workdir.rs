@@ -121,8 +121,8 @@ impl WorkDir {
     }
 
     /// Where hidden states go when they do not fit the memory budget.
-    pub fn spool_file(&self) -> PathBuf {
-        self.job.join("hidden-states.f32")
+    pub fn spool_file(&self, name: &str) -> PathBuf {
+        self.job.join(format!("{name}.f32"))
     }
 
     /// Publishes the staged files and removes the job folder.

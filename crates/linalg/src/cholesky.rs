@@ -78,8 +78,8 @@ pub fn gptq_factor_in_place(mut h: Vec<f32>, k: usize) -> Result<Vec<f32>, Facto
 pub fn gptq_factor_f64(h: &[f32], k: usize) -> Result<Vec<f32>, FactorError> {
     check_length(h.len(), k)?;
     let mut factor: Vec<f64> = h.iter().rev().map(|&v| f64::from(v)).collect();
-    let inverse = factor_block(&mut factor, k)
-        .map_err(|pivot| FactorError::NotPositiveDefinite { channel: k - 1 - pivot })?;
+    let inverse =
+        factor_block(&mut factor, k).map_err(|pivot| FactorError::NotPositiveDefinite { channel: k - 1 - pivot })?;
     let upper: Vec<f32> = inverse.iter().rev().map(|&v| v as f32).collect();
     check_finite(&upper, k)?;
     Ok(upper)
@@ -133,8 +133,7 @@ fn cholesky(a: &mut [f32], k: usize) -> Result<(), usize> {
     for start in (0..k).step_by(PANEL) {
         let end = k.min(start + PANEL);
         let width = end - start;
-        let mut panel: Vec<f32> =
-            a[start * k..].chunks_exact(k).flat_map(|row| &row[start..end]).copied().collect();
+        let mut panel: Vec<f32> = a[start * k..].chunks_exact(k).flat_map(|row| &row[start..end]).copied().collect();
         let rows = k - start;
         let done = Mat::window(a, start * k, rows, start, k);
         let own = Mat::window(a, start * k, width, start, k).t();
@@ -143,7 +142,9 @@ fn cholesky(a: &mut [f32], k: usize) -> Result<(), usize> {
         let inverse = factor_block(diagonal, width).map_err(|pivot| start + pivot)?;
         // L_below = A_below · L_diag⁻ᵀ.
         let below = gemm(Mat::new(below, rows - width, width), Mat::new(&inverse, width, width).t(), Threads::All);
-        for (row, source) in a[start * k..].chunks_exact_mut(k).zip(diagonal.chunks_exact(width).chain(below.chunks_exact(width))) {
+        for (row, source) in
+            a[start * k..].chunks_exact_mut(k).zip(diagonal.chunks_exact(width).chain(below.chunks_exact(width)))
+        {
             row[start..end].copy_from_slice(source);
         }
     }
@@ -243,9 +244,8 @@ mod tests {
     fn residual(h: &[f32], u: &[f32], k: usize) -> f64 {
         let mut worst = 0f64;
         for i in 0..k {
-            let product: Vec<f64> = (0..k)
-                .map(|m| (m..k).map(|j| f64::from(h[i * k + j]) * f64::from(u[m * k + j])).sum())
-                .collect();
+            let product: Vec<f64> =
+                (0..k).map(|m| (m..k).map(|j| f64::from(h[i * k + j]) * f64::from(u[m * k + j])).sum()).collect();
             for j in 0..k {
                 let value: f64 = (0..=j).map(|m| product[m] * f64::from(u[m * k + j])).sum();
                 worst = worst.max((value - f64::from(i == j)).abs());

@@ -4,11 +4,13 @@
 //! element is summed in one fixed order.
 
 mod cholesky;
+mod cross;
 mod fold;
 mod gram;
 mod product;
 
 pub use cholesky::{FactorError, apply_inverse, gptq_factor, gptq_factor_f64, gptq_factor_in_place};
+pub use cross::cross_update;
 pub use fold::{scale_columns, unscale_gram};
 pub use gram::{gram_update, mirror_lower};
 pub use product::{Mat, Threads, dot, gemm, gemm_into};

@@ -4,8 +4,10 @@
 //! gate and up, so a dense block needs four. Only real tokens enter; there is no padding.
 #![forbid(unsafe_code)]
 
+mod cross;
 mod input;
 mod tap;
 
+pub use cross::CrossStats;
 pub use input::InputStats;
 pub use tap::{BlockStats, StatsError, StatsTap};

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use anyhow::Context;
 
-use crate::args::{Cli, Command};
+use crate::args::{Cli, Command, MethodName};
 
 /// Runs the subcommand.
 pub(crate) fn run(cli: &Cli) -> anyhow::Result<()> {
@@ -17,8 +17,9 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<()> {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("cannot start the threads")?;
     }
     match &cli.command {
-        Command::AutoAwq(args) => quantize::run(args, cli.format),
-        Command::Plan(args) => plan::run(args, cli.format),
+        Command::AutoAwq(args) => quantize::run(MethodName::Awq, args, cli.format),
+        Command::AutoGptq(args) => quantize::run(MethodName::Gptq, args, cli.format),
+        Command::Plan { method, args } => plan::run(*method, args, cli.format),
     }
 }
 

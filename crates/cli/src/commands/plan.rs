@@ -5,13 +5,13 @@ use std::io::Write;
 use lite_job::{WorkDir, locate_model, measured_gemm_rate, prepare};
 use lite_model::Checkpoint;
 
-use crate::args::{Format, QuantizeArgs};
+use crate::args::{Format, MethodName, QuantizeArgs};
 use crate::output;
 use crate::progress::Progress;
 
 /// Prints what a run would do; writes nothing (a hub model is downloaded, for its headers are needed).
-pub(crate) fn run(args: &QuantizeArgs, format: Format) -> anyhow::Result<()> {
-    let recipe = super::quantize::recipe(args)?;
+pub(crate) fn run(method: MethodName, args: &QuantizeArgs, format: Format) -> anyhow::Result<()> {
+    let recipe = super::quantize::recipe(method, args)?;
     let cancel = super::cancel_flag()?;
     let progress = Progress::new(format);
     WorkDir::check(&recipe.work_dir, None, recipe.overwrite)?;

@@ -157,7 +157,7 @@ pub struct GqaSpec {
 impl GqaSpec {
     /// Where each head starts in a row of the projection that holds it: for q, k and v the role of that
     /// projection and the column offsets.
-    pub(crate) fn columns(&self) -> [(Role, Vec<usize>); 3] {
+    pub fn columns(&self) -> [(Role, Vec<usize>); 3] {
         let (h, kv, d) = (self.heads, self.kv_heads, self.head_dim);
         let run = |start: usize, count: usize| (0..count).map(|i| start + i * d).collect();
         match self.qkv {

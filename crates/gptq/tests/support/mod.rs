@@ -3,7 +3,7 @@
 use lite_linalg::{Mat, Threads, gemm, gram_update, mirror_lower};
 
 /// Uniform noise in [-1, 1).
-pub fn noise(len: usize, seed: u64) -> Vec<f32> {
+pub(crate) fn noise(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     (0..len)
         .map(|_| {
@@ -14,7 +14,7 @@ pub fn noise(len: usize, seed: u64) -> Vec<f32> {
 }
 
 /// Inputs `[tokens, k]` that a few directions explain, plus noise and some loud channels.
-pub fn correlated(tokens: usize, k: usize, seed: u64) -> Vec<f32> {
+pub(crate) fn correlated(tokens: usize, k: usize, seed: u64) -> Vec<f32> {
     let rank = (k / 4).max(1);
     let (hidden, mix) = (noise(tokens * rank, seed), noise(rank * k, 1234));
     let mut x = gemm(Mat::new(&hidden, tokens, rank), Mat::new(&mix, rank, k), Threads::One);
@@ -26,7 +26,7 @@ pub fn correlated(tokens: usize, k: usize, seed: u64) -> Vec<f32> {
 }
 
 /// `XᵀX / T`, both triangles.
-pub fn gram(x: &[f32], k: usize) -> Vec<f32> {
+pub(crate) fn gram(x: &[f32], k: usize) -> Vec<f32> {
     let tokens = x.len() / k;
     let mut gram = vec![0.0; k * k];
     gram_update(&mut gram, x, tokens, k);
