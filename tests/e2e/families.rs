@@ -46,6 +46,11 @@ fn every_family_runs_end_to_end() {
         // 8 bits: the quantized model is the original, nearly.
         let kl = summary["comparison"]["kl_mean"].as_f64().unwrap();
         assert!((0.0..0.01).contains(&kl), "{}: {kl}", family.display());
+        // The same with statistics of the float model: their folds are asserted on random states.
+        let (stats, out) = (dir.path().join("stats"), dir.path().join("from-stats"));
+        let calibrate = lite().arg("calibrate").arg(copy.path()).arg("--work-dir").arg(&stats).args(&flags[..6]).output().unwrap();
+        assert!(calibrate.status.success(), "{}: {}", family.display(), String::from_utf8_lossy(&calibrate.stderr));
+        auto_awq_ok(copy.path(), &out, &[&flags[6..], &["--stats", stats.to_str().unwrap()]].concat());
         ran += 1;
     }
     assert!(ran >= 16, "only {ran} families were found");

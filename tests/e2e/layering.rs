@@ -56,7 +56,7 @@ fn layers_point_downwards() {
         &["lite-quant", "lite-model"],
         &["lite-calib", "lite-decoder"],
         &["lite-stats"],
-        &["lite-awq", "lite-gptq", "lite-pack"],
+        &["lite-awq", "lite-gptq", "lite-pack", "lite-tune"],
         &["lite-runtime"],
         &["lite-job"],
     ];

@@ -6,8 +6,9 @@ use crate::tokenizer::ModelTokenizer;
 
 /// What stands between two texts.
 pub(crate) const JOIN: &str = "\n\n";
-/// Texts up to this size are tokenised whole; of longer ones only as much as the windows need.
-const WHOLE: usize = 32 << 20;
+/// Texts up to this size are tokenised whole; of longer ones only as much as the windows need: tokenising takes
+/// some two hundred bytes of memory per byte of text.
+const WHOLE: usize = 512 << 10;
 /// Tokens dropped where a long text was cut, since they depend on what follows.
 const CUT_MARGIN: usize = 512;
 
@@ -51,7 +52,7 @@ pub(crate) fn tokenise(
             plain |= rest[..run].iter().any(|d| matches!(d, Document::Exchange(_)));
             let text = rest[..run].iter().map(text_of).collect::<Vec<_>>().join(JOIN);
             let special = stream.ids.is_empty();
-            let ids = encode_start(&text, special, tokenizer, needed - stream.ids.len(), &mut stream.notes)?;
+            let ids = encode_start(&text, special, tokenizer, needed - stream.ids.len())?;
             let own = if special { tokenizer.encode("", true)?.len() } else { 0 };
             let specials = tokenizer.special_ids();
             let seen = ids.iter().filter(|id| specials.binary_search(id).is_ok()).count();
@@ -122,9 +123,8 @@ fn encode_start(
     special: bool,
     tokenizer: &ModelTokenizer,
     needed: usize,
-    notes: &mut Vec<String>,
 ) -> Result<Vec<u32>, CalibError> {
-    encode_within(text, special, tokenizer, needed, WHOLE, notes)
+    encode_within(text, special, tokenizer, needed, WHOLE)
 }
 
 fn encode_within(
@@ -133,7 +133,6 @@ fn encode_within(
     tokenizer: &ModelTokenizer,
     needed: usize,
     whole: usize,
-    notes: &mut Vec<String>,
 ) -> Result<Vec<u32>, CalibError> {
     let mut size = whole;
     loop {
@@ -144,7 +143,6 @@ fn encode_within(
         let mut ids = tokenizer.encode(&text[..cut], special)?;
         ids.truncate(ids.len().saturating_sub(CUT_MARGIN));
         if ids.len() >= needed {
-            notes.push(format!("only the first {} MiB of the text were tokenised: enough for the windows", cut >> 20));
             return Ok(ids);
         }
         size = size.saturating_mul(2);
@@ -218,12 +216,10 @@ mod tests {
         let tokenizer = tokenizer();
         let text = "The quick brown fox é jumps over the lazy dog, 123 times.\n".repeat(400);
         let all = tokenizer.encode(&text, true).expect("encodes");
-        let mut notes = Vec::new();
-        let some = encode_within(&text, true, &tokenizer, 1000, 4001, &mut notes).expect("encodes");
+        let some = encode_within(&text, true, &tokenizer, 1000, 4001).expect("encodes");
         assert!(some.len() >= 1000 && some.len() < all.len());
         assert_eq!(some[..], all[..some.len()]);
-        assert_eq!(notes.len(), 1);
-        let every = encode_within(&text, true, &tokenizer, usize::MAX, 4001, &mut notes).expect("encodes");
+        let every = encode_within(&text, true, &tokenizer, usize::MAX, 4001).expect("encodes");
         assert_eq!(every, all);
     }
 }

@@ -1,5 +1,6 @@
 //! Peak memory against depth: `cargo bench -p lite --bench depth` writes synthetic checkpoints of 8, 16 and 32
 //! equal blocks, runs the real binary on each, and prints what the run says of its own peak.
+#![allow(clippy::print_stdout, reason = "a benchmark prints its table")]
 
 use std::path::Path;
 use std::process::Command;

@@ -3,6 +3,7 @@
 //! `cargo bench -p lite --bench rates` prints, for a decoder block of several widths, the rate of a plain
 //! square product, of Gram updates, of the forward pass, and of both together as calibration runs them, all
 //! measured in the same minute. Useful flops only: a Gram update counts one triangle.
+#![allow(clippy::print_stdout, reason = "a benchmark prints its table")]
 
 use std::collections::BTreeMap;
 use std::time::Instant;

@@ -30,6 +30,9 @@ pub(crate) enum Command {
     #[command(name = "auto_gptq", visible_alias = "auto-gptq")]
     AutoGptq(Box<QuantizeArgs>),
 
+    /// Run the model on calibration text and keep the statistics, for any number of runs with --stats
+    Calibrate(Box<CalibrateArgs>),
+
     /// Show what a run would do and cost, and run nothing
     Plan {
         /// The method to plan
@@ -55,6 +58,8 @@ pub(crate) enum Effort {
     Fast,
     /// GPTQ, refinement, error-aware targets
     Default,
+    /// As `default`, then scales and rounding of each block are tuned against the float block
+    Best,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -127,7 +132,30 @@ pub(crate) struct QuantizeArgs {
     pub(crate) calib: CalibArgs,
 
     #[command(flatten)]
+    pub(crate) stats: StatsArgs,
+
+    #[command(flatten)]
     pub(crate) check: CheckArgs,
+
+    #[command(flatten)]
+    pub(crate) resources: ResourceArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CalibrateArgs {
+    /// A model folder (config.json and safetensors), or a hub id such as `Qwen/Qwen3-8B`
+    pub(crate) model: String,
+
+    /// Where the statistics appear
+    #[arg(long, default_value = "./work_dir", value_name = "DIR")]
+    pub(crate) work_dir: PathBuf,
+
+    /// Replace statistics, or a checkpoint, already in the work directory
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+
+    #[command(flatten)]
+    pub(crate) calib: CalibArgs,
 
     #[command(flatten)]
     pub(crate) resources: ResourceArgs,
@@ -227,21 +255,42 @@ pub(crate) struct CalibArgs {
     #[arg(long, value_name = "NAME|PATH")]
     pub(crate) calib_dataset: Option<String>,
 
-    /// Number of windows; 0 quantizes without data
-    #[arg(long, default_value_t = 128, allow_negative_numbers = true, value_name = "N")]
-    pub(crate) calib_samples: i64,
+    /// Number of windows; 0 quantizes without data [default: 128]
+    #[arg(long, allow_negative_numbers = true, value_name = "N")]
+    pub(crate) calib_samples: Option<i64>,
 
     /// Tokens per window [default: 2048, or the model's maximum]
     #[arg(long, allow_negative_numbers = true, value_name = "TOKENS")]
     pub(crate) calib_seqlen: Option<i64>,
 
-    /// Seed of all random draws
-    #[arg(long, default_value_t = 0)]
-    pub(crate) seed: u64,
+    /// Seed of all random draws [default: 0]
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
 
     /// Windows per forward pass [default: about 4096 tokens]
     #[arg(long, value_name = "N")]
     pub(crate) batch_size: Option<usize>,
+}
+
+impl CalibArgs {
+    /// Number of windows.
+    pub(crate) fn samples(&self) -> i64 {
+        self.calib_samples.unwrap_or(128)
+    }
+
+    /// Seed of all random draws.
+    pub(crate) fn seed(&self) -> u64 {
+        self.seed.unwrap_or(0)
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Calibration")]
+pub(crate) struct StatsArgs {
+    /// Use the statistics in this folder (made by `lite calibrate`) and run no windows; calibration flags given as well
+    /// must be those the statistics were made with
+    #[arg(long, value_name = "DIR")]
+    pub(crate) stats: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
-use lite_job::{Action, Plan, RunReport, TensorPlan};
+use lite_job::{Action, Plan, RunReport, StatisticsPlan, StatisticsReport, TensorPlan};
 use lite_model::{Checkpoint, OutputTensor, printable};
 use lite_pack::targets::Verdict;
 use serde_json::{Value, json};
@@ -134,6 +134,38 @@ pub(crate) fn report_json(report: &RunReport) -> Value {
            "source_bytes": report.source_bytes, "output_bytes": report.output_bytes, "calibration": report.calibration,
            "linears_checked": report.check.linears, "tensors_checked": report.check.plain, "comparison": comparison,
            "linears": linears, "seconds": report.seconds, "peak_resident_bytes": resident().map(|r| r.peak)})
+}
+
+/// Gathered statistics.
+pub(crate) fn statistics(out: &mut impl Write, report: &StatisticsReport) -> io::Result<()> {
+    writeln!(out, "{}", report.output.display())?;
+    writeln!(
+        out,
+        "  statistics    of {} inputs in {} blocks, {}; use them with --stats",
+        report.inputs,
+        report.blocks,
+        size(report.bytes)
+    )?;
+    writeln!(out, "  calibration   {} tokens: {}", report.tokens, report.calibration)?;
+    let memory = resident().map_or(String::new(), |r| format!(", peak memory {}", mib(r.peak)));
+    writeln!(out, "  took          {}{memory}", duration(report.seconds))
+}
+
+/// The same as one JSON line.
+pub(crate) fn statistics_json(report: &StatisticsReport) -> Value {
+    json!({"event": "summary", "schema": 1, "output": report.output, "output_bytes": report.bytes, "blocks": report.blocks,
+           "inputs": report.inputs, "tokens": report.tokens, "calibration": report.calibration, "sha256": report.text_digest,
+           "seconds": report.seconds, "peak_resident_bytes": resident().map(|r| r.peak)})
+}
+
+/// What gathering statistics will take, as one JSON line.
+pub(crate) fn statistics_plan_json(plan: &StatisticsPlan) -> Value {
+    let memory = &plan.memory;
+    json!({"event": "plan", "schema": 1, "method": "calibrate", "architecture": plan.arch, "blocks": plan.blocks,
+           "inputs": plan.inputs, "windows": plan.windows, "seqlen": plan.seqlen, "batch_size": plan.batch,
+           "output_bytes": plan.bytes, "disk_bytes": plan.disk_bytes, "disk_free_bytes": plan.disk_free,
+           "memory": {"peak": memory.peak(), "block": memory.block, "grams": memory.grams, "hidden": memory.hidden,
+           "spooled": memory.spooled, "activations": memory.activations}})
 }
 
 /// The plan for a reader.

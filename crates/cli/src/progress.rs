@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lite_job::{Event, Observer};
+use lite_model::printable;
 use serde_json::{Value, json};
 
 use crate::args::Format;
@@ -123,6 +124,14 @@ impl Progress {
                 size(plan.output_bytes),
                 mib(plan.memory.peak()),
             )),
+            Event::PlannedStatistics(plan) => self.say(&format!(
+                "{}: statistics of {} inputs in {} blocks, {} on disk, about {} of memory",
+                printable(&plan.arch),
+                plan.inputs,
+                plan.blocks,
+                size(plan.bytes),
+                mib(plan.memory.peak()),
+            )),
             Event::Calibration { windows, seqlen, source, .. } => {
                 self.say(&format!("calibrating on {windows} windows of {seqlen} tokens: {source}"));
             }
@@ -133,6 +142,11 @@ impl Progress {
                 if self.terminal {
                     self.bar.set_message(format!("layer {block}: {step}"));
                 }
+            }
+            Event::Tuned { block, before, after, kept } => {
+                let change = 100.0 * (after / before - 1.0);
+                let kept = if *kept { "" } else { ", not kept" };
+                self.say(&format!("layer {}: tuning changed the block's held-out error by {change:+.1} %{kept}", block + 1));
             }
             Event::LayerDone { block, of, error, seconds } => {
                 self.layers.set(self.layers.get() + seconds);
@@ -154,6 +168,7 @@ fn as_json(event: &Event<'_>) -> Option<Value> {
     Some(match event {
         Event::Download { file, done, total } => json!({"event": "download", "file": file, "done": done, "total": total}),
         Event::Planned(plan) => crate::output::plan_json(plan),
+        Event::PlannedStatistics(plan) => crate::output::statistics_plan_json(plan),
         Event::Calibration { windows, seqlen, source, digest } => {
             json!({"event": "calibration", "windows": windows, "seqlen": seqlen, "source": source, "sha256": digest})
         }
@@ -162,6 +177,9 @@ fn as_json(event: &Event<'_>) -> Option<Value> {
         Event::LayerDone { block, of, error, seconds } => {
             json!({"event": "layer_done", "layer": block, "layers": of, "relative_error": error, "seconds": seconds,
                    "resident_bytes": resident().map(|r| r.now)})
+        }
+        Event::Tuned { block, before, after, kept } => {
+            json!({"event": "tuned", "layer": block, "before": before, "after": after, "kept": kept})
         }
         Event::LayerStarted { .. } | Event::LayerStep { .. } | Event::Checking { .. } => return None,
         Event::Finished(report) => crate::output::report_json(report),

@@ -28,6 +28,14 @@ pub(crate) struct Sink<'a> {
     pub(crate) reports: BTreeMap<String, SiteReport>,
 }
 
+impl Sink<'_> {
+    /// The reports, in the order of the plan.
+    pub(crate) fn into_reports(mut self, plan: &Plan) -> Vec<SiteReport> {
+        let report = |site: &QuantSite| self.reports.remove(&site.module).unwrap_or_else(|| SiteReport::new(site, None, None));
+        plan.sites.iter().map(report).collect()
+    }
+}
+
 /// What every block of a run shares.
 pub(crate) struct Pass<'a> {
     pub(crate) spec: &'a DecoderSpec,
@@ -66,8 +74,7 @@ impl Runner<'_> {
         } else {
             self.in_parallel(&pass, &source, hidden, &mut sink)?;
         }
-        let report = |site: &QuantSite| sink.reports.remove(&site.module).unwrap_or_else(|| SiteReport::new(site, None, None));
-        Ok(self.plan.sites.iter().map(report).collect())
+        Ok(sink.into_reports(self.plan))
     }
 
     /// All inputs of a block are gathered in one pass, then all its linears are solved.
@@ -86,21 +93,7 @@ impl Runner<'_> {
             clock.step(index, "calibrate");
             let (stats, folded) = self.gather_and_fold(pass, &mut block, block_spec, &mut hidden, sink, &clock)?;
             clock.step(index, "round");
-            let mut errors = Vec::new();
-            for (input, sites) in by_input(self.plan, index) {
-                self.go_on()?;
-                // One Gram matrix is copied at a time.
-                let gram = folded_gram(&stats, &folded, input)
-                    .ok_or_else(|| JobError::Input(format!("no statistics were gathered for {input}")))?;
-                let weights = self.weights(&block, &sites)?;
-                let solved = solve_input(&weights, &gram, None, self.plan)?;
-                drop(weights);
-                for (site, solved) in sites.iter().zip(&solved) {
-                    self.place(&mut block, site, &solved.quantized.dequantize())?;
-                    self.finish_site(site, solved, sink)?;
-                    errors.extend(solved.error);
-                }
-            }
+            let errors = self.solve_gathered(index, &mut block, &stats, &folded, sink)?;
             drop(stats);
             // The last block's outputs feed nothing.
             if index + 1 < pass.spec.blocks.len() {
@@ -110,6 +103,34 @@ impl Runner<'_> {
             clock.done(index, &errors);
         }
         Ok(())
+    }
+
+    /// Solves and writes the linears of a block whose inputs are all gathered, and puts the result into `block`; returns
+    /// their relative errors.
+    pub(crate) fn solve_gathered(
+        &self,
+        index: usize,
+        block: &mut Block,
+        stats: &BlockStats,
+        folded: &Folded,
+        sink: &mut Sink<'_>,
+    ) -> Result<Vec<f64>, JobError> {
+        let mut errors = Vec::new();
+        for (input, sites) in by_input(self.plan, index) {
+            self.go_on()?;
+            // One Gram matrix is copied at a time.
+            let gram = folded_gram(stats, folded, input)
+                .ok_or_else(|| JobError::Input(format!("no statistics were gathered for {input}")))?;
+            let weights = self.weights(block, &sites)?;
+            let solved = solve_input(&weights, &gram, None, self.plan)?;
+            drop(weights);
+            for (site, solved) in sites.iter().zip(&solved) {
+                self.place(block, site, &solved.quantized.dequantize())?;
+                self.finish_site(site, solved, sink)?;
+                errors.extend(solved.error);
+            }
+        }
+        Ok(errors)
     }
 
     /// Reads a block and lets go of its pages.
@@ -137,14 +158,33 @@ impl Runner<'_> {
         if self.plan.folds[block_spec.index].is_empty() {
             return Ok((stats, Folded::default()));
         }
-        clock.step(block_spec.index, "search");
         let first = self.windows(hidden, 0, 1, pass.spec.hidden)?;
-        let before = block.forward(&first, &pass.rope, &mut NoTap)?;
-        let folded = fold_block(block, block_spec, &stats, self.plan, &|name| pass.storage(name))?;
-        let after = block.forward(&first, &pass.rope, &mut NoTap)?;
-        check_fold(block_spec.index, &first, &before, &after)?;
-        self.write_edits(&folded.edits, sink)?;
+        let folded = self.fold_gathered(pass, block, block_spec, &stats, &first, sink, clock)?;
         Ok((stats, folded))
+    }
+
+    /// Finds scales, folds, asserts on `probe` (`(1, tokens, hidden)`) that folding changed nothing, and writes the
+    /// vectors that changed.
+    pub(crate) fn fold_gathered(
+        &self,
+        pass: &Pass<'_>,
+        block: &mut Block,
+        block_spec: &BlockSpec,
+        stats: &BlockStats,
+        probe: &Tensor,
+        sink: &mut Sink<'_>,
+        clock: &LayerClock<'_>,
+    ) -> Result<Folded, JobError> {
+        if self.plan.folds[block_spec.index].is_empty() {
+            return Ok(Folded::default());
+        }
+        clock.step(block_spec.index, "search");
+        let before = block.forward(probe, &pass.rope, &mut NoTap)?;
+        let folded = fold_block(block, block_spec, stats, self.plan, &|name| pass.storage(name))?;
+        let after = block.forward(probe, &pass.rope, &mut NoTap)?;
+        check_fold(block_spec.index, probe, &before, &after)?;
+        self.write_edits(&folded.edits, sink)?;
+        Ok(folded)
     }
 
     fn write_edits(&self, edits: &[Edit], sink: &mut Sink<'_>) -> Result<(), JobError> {
@@ -247,7 +287,7 @@ pub(crate) fn by_input(plan: &Plan, block: usize) -> Vec<(InputId, Vec<&QuantSit
 }
 
 /// The float type of each tensor that is written.
-fn storage_types(plan: &Plan) -> BTreeMap<&str, ScaleDtype> {
+pub(crate) fn storage_types(plan: &Plan) -> BTreeMap<&str, ScaleDtype> {
     let dtype = |dtype: Dtype| match dtype {
         Dtype::F16 => ScaleDtype::F16,
         Dtype::BF16 => ScaleDtype::BF16,

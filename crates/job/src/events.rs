@@ -1,6 +1,6 @@
 //! What a run tells the outside while it goes on.
 
-use crate::{Plan, RunReport};
+use crate::{Plan, RunReport, StatisticsPlan};
 
 /// One thing that happened.
 #[derive(Debug)]
@@ -16,6 +16,8 @@ pub enum Event<'a> {
     },
     /// Everything is checked and known; the run begins.
     Planned(&'a Plan),
+    /// The same of a run that only gathers statistics.
+    PlannedStatistics(&'a StatisticsPlan),
     /// The calibration windows are cut.
     Calibration {
         /// Number of windows.
@@ -44,6 +46,17 @@ pub enum Event<'a> {
         block: usize,
         /// Which step: calibrate, search, pack, propagate.
         step: &'static str,
+    },
+    /// A block's scales and codes were tuned.
+    Tuned {
+        /// Block index.
+        block: usize,
+        /// Mean squared error of the block's output on windows not tuned on, before.
+        before: f64,
+        /// The same after.
+        after: f64,
+        /// Whether the tuned values were kept.
+        kept: bool,
     },
     /// A block is written.
     LayerDone {

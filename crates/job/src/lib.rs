@@ -16,6 +16,8 @@ mod error;
 mod estimate;
 mod events;
 mod fold;
+mod from_statistics;
+mod gather;
 mod hidden;
 mod layer;
 mod locate;
@@ -26,6 +28,7 @@ mod rules;
 mod run;
 mod sequential;
 mod source;
+mod statistics;
 mod tensors;
 mod workdir;
 
@@ -34,11 +37,13 @@ pub use check::{CheckReport, SiteReport};
 pub use error::{ErrorKind, JobError};
 pub use estimate::{MemoryEstimate, Work};
 pub use events::{Event, Observer, Silent};
+pub use gather::{StatisticsPlan, StatisticsReport, calibrate};
 pub use locate::{HubFetcher, locate_model};
 pub use plan::{Plan, prepare};
 pub use recipe::{
-    CalibSettings, DeviceChoice, DtypeChoice, EvalSettings, Method, Override, Recipe, Rounding, Solver,
+    CalibSettings, DeviceChoice, DtypeChoice, EvalSettings, Method, Override, Recipe, Rounding, Solver, StatsSource,
 };
 pub use run::{RunReport, run};
+pub use statistics::Statistics;
 pub use tensors::{Action, QuantSite, TensorPlan};
 pub use workdir::WorkDir;

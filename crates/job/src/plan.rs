@@ -1,10 +1,10 @@
 //! Everything that can be known before the first multiplication.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use lite_decoder::{DecoderSpec, Fold, Producer};
+use lite_decoder::{DecoderError, DecoderSpec, Fold, Producer};
 use lite_model::{Checkpoint, Dtype, OutputTensor, printable};
 use lite_pack::{ConfigFacts, Layout};
 use lite_pack::targets::{Severity, SiteFacts, Target, Verdict, check, engines_for};
@@ -12,6 +12,7 @@ use lite_quant::{Range, ScaleDtype, Scheme};
 
 use crate::estimate::Costs;
 use crate::source::stored_embedding;
+use crate::statistics::Statistics;
 use crate::tensors::{guess_sites, sites_of};
 use crate::workdir::WorkDir;
 use crate::{Action, DtypeChoice, JobError, MemoryEstimate, Method, QuantSite, Recipe, Solver, TensorPlan, Work};
@@ -59,6 +60,8 @@ pub struct Plan {
     pub windows: usize,
     /// Tokens per calibration window.
     pub seqlen: usize,
+    /// What stands for those windows, if they are not to be run.
+    pub statistics: Option<Statistics>,
     /// Windows of the final check.
     pub eval_windows: usize,
     /// Tokens per window of the final check.
@@ -109,6 +112,50 @@ impl Plan {
 /// that are missing or disagree with the config, group sizes that do not divide, a target that would
 /// refuse the result, too little disk or memory.
 pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
+    let Some(wanted) = &recipe.stats else { return plan(recipe, checkpoint) };
+    let statistics = Statistics::open(&wanted.folder)?;
+    statistics.check_model(checkpoint, &architecture(checkpoint.config()))?;
+    statistics.check_wanted(wanted)?;
+    let same = |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
+    if same(&wanted.folder, &recipe.work_dir) {
+        return Err(JobError::Usage(format!(
+            "the work directory `{}` is the folder of the statistics; choose another --work-dir",
+            recipe.work_dir.display()
+        )));
+    }
+    let (recipe, notes) = statistics.adapt(recipe);
+    let mut plan = plan(&recipe, checkpoint)?;
+    if let Some(spec) = &plan.spec {
+        statistics.check_tensors(spec)?;
+    }
+    plan.notes.extend(notes);
+    plan.statistics = Some(statistics);
+    Ok(plan)
+}
+
+/// The decoder that `config.json` describes, all of its tensors there.
+pub(crate) fn known_decoder(checkpoint: &Checkpoint) -> Result<DecoderSpec, DecoderError> {
+    let spec = DecoderSpec::from_config(checkpoint.config())?;
+    let rename = stored_embedding(checkpoint, &spec);
+    spec.check_tensors(&|name| {
+        let stored = rename.as_ref().filter(|(asked, _)| asked == name).map_or(name, |(_, stored)| stored);
+        checkpoint.info(stored).map(|info| info.shape.clone())
+    })?;
+    Ok(spec)
+}
+
+/// Refuses a model that holds codes and not weights.
+pub(crate) fn refuse_quantized(checkpoint: &Checkpoint) -> Result<(), JobError> {
+    let Some(found) = checkpoint.config().get("quantization_config").filter(|v| !v.is_null()) else { return Ok(()) };
+    let method = found.get("quant_method").and_then(|m| m.as_str()).unwrap_or("unknown");
+    Err(JobError::Unsupported(format!(
+        "the model is already quantized (quant_method `{}`); its codes cannot be quantized again: give the original 16-bit checkpoint",
+        printable(method)
+    )))
+}
+
+/// [`prepare`] of a recipe whose calibration settings are final.
+fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
     let data_free = recipe.calib.samples == 0;
     if recipe.calib.samples < 0 {
         return Err(JobError::Usage(format!(
@@ -116,25 +163,12 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
             recipe.calib.samples
         )));
     }
+    refuse_quantized(checkpoint)?;
     let config = checkpoint.config();
-    if config.get("quantization_config").is_some_and(|v| !v.is_null()) {
-        let method = config["quantization_config"].get("quant_method").and_then(|m| m.as_str()).unwrap_or("unknown");
-        return Err(JobError::Unsupported(format!(
-            "the model is already quantized (quant_method `{}`); its codes cannot be quantized again: give the original 16-bit checkpoint",
-            printable(method)
-        )));
-    }
     let mut notes = Vec::new();
     let mut warnings = checkpoint.warnings.clone();
-    let spec = match DecoderSpec::from_config(config) {
-        Ok(spec) => {
-            let rename = stored_embedding(checkpoint, &spec);
-            spec.check_tensors(&|name| {
-                let stored = rename.as_ref().filter(|(asked, _)| asked == name).map_or(name, |(_, stored)| stored);
-                checkpoint.info(stored).map(|info| info.shape.clone())
-            })?;
-            Some(spec)
-        }
+    let spec = match known_decoder(checkpoint) {
+        Ok(spec) => Some(spec),
         Err(error) if data_free && error.kind() == lite_decoder::ErrorKind::Unsupported => {
             notes.push(format!("{error}; linears were found by name and shape, and the result is not run"));
             None
@@ -143,7 +177,7 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
     };
     let arch = architecture(config);
     let plain = plain_dtype(checkpoint);
-    let (scale_dtype, dtype) = output_dtype(recipe.dtype, plain)?;
+    let (scale_dtype, dtype) = output_dtype(recipe.dtype, plain);
     let scheme = Scheme::new(recipe.bits, recipe.group_size, recipe.symmetric, scale_dtype)?;
     let mut sites = match &spec {
         Some(spec) => sites_of(spec, scheme),
@@ -177,11 +211,7 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
 
     let (windows, seqlen) = calibration_shape(recipe, spec.as_ref(), &mut notes)?;
     let (eval_windows, eval_seqlen) = check_shape(recipe, spec.as_ref(), seqlen)?;
-    let batch = match recipe.batch_size {
-        Some(0) => return Err(JobError::Usage("--batch-size 0: give at least one window per forward pass".to_owned())),
-        Some(batch) => batch,
-        None => (BATCH_TOKENS / seqlen.max(1)).max(1),
-    };
+    let batch = batch_size(recipe, seqlen)?;
     let tensors = plan_tensors(checkpoint, spec.as_ref(), &sites, layout, dtype, &rescaled_tensors(spec.as_ref(), &folds), &mut notes)?;
     let output_bytes: u64 = tensors.iter().flat_map(|row| &row.outputs).map(OutputTensor::bytes).sum();
 
@@ -191,7 +221,8 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
         blocks: spec.as_ref().map_or(&no_blocks, |spec| &spec.blocks),
         hidden: spec.as_ref().map_or(0, |spec| spec.hidden),
         vocab: spec.as_ref().map_or(0, |spec| spec.vocab),
-        windows,
+        // With statistics no window is run; the fold check takes less than one.
+        windows: if recipe.stats.is_some() { 1 } else { windows },
         seqlen,
         batch: batch.min(windows.max(1)),
         eval_windows,
@@ -201,40 +232,9 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
         source_bytes_per_weight: (plain.bitsize() / 8) as u64,
     };
     let mut memory = costs.memory();
-    let limit = recipe.max_memory.or_else(crate::workdir::available_memory);
-    if let Some(limit) = limit
-        && memory.peak() > limit
-        && memory.hidden > 0
-    {
-        memory.spooled = true;
-    }
-    if let Some(limit) = recipe.max_memory
-        && memory.peak() > limit
-    {
-        return Err(JobError::Resources(format!(
-            "this run needs about {} of memory even with its hidden states on disk, --max-memory allows {}: lower --batch-size or --calib-seqlen, or raise the limit",
-            mib(memory.peak()),
-            mib(limit)
-        )));
-    }
-    if recipe.max_memory.is_none()
-        && let Some(limit) = limit
-        && memory.peak() > limit
-    {
-        warnings.push(format!("about {} of memory will be needed, {} are free", mib(memory.peak()), mib(limit)));
-    }
+    fit_memory(&mut memory, recipe, &mut warnings)?;
     let disk_bytes = output_bytes + if memory.spooled { memory.hidden } else { 0 } + (16 << 20);
-    let disk_free = crate::workdir::nearest_existing(&recipe.work_dir).and_then(|path| lite_model::free_space(&path));
-    if let Some(free) = disk_free
-        && free < disk_bytes
-    {
-        return Err(JobError::Resources(format!(
-            "the result needs about {} on the disk of `{}`, {} are free: free some space or choose another --work-dir",
-            mib(disk_bytes),
-            recipe.work_dir.display(),
-            mib(free)
-        )));
-    }
+    let disk_free = fit_disk(&recipe.work_dir, disk_bytes)?;
     WorkDir::check(&recipe.work_dir, Some(checkpoint.root()), recipe.overwrite)?;
     let work = costs.work();
     let config_facts = ConfigFacts {
@@ -255,6 +255,7 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
         dtype,
         windows,
         seqlen,
+        statistics: None,
         eval_windows,
         eval_seqlen,
         batch,
@@ -277,7 +278,59 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
     })
 }
 
-fn device(recipe: &Recipe) -> Result<Device, JobError> {
+/// Calibration windows per forward pass.
+pub(crate) fn batch_size(recipe: &Recipe, seqlen: usize) -> Result<usize, JobError> {
+    match recipe.batch_size {
+        Some(0) => Err(JobError::Usage("--batch-size 0: give at least one window per forward pass".to_owned())),
+        Some(batch) => Ok(batch),
+        None => Ok((BATCH_TOKENS / seqlen.max(1)).max(1)),
+    }
+}
+
+/// Moves hidden states to a file where memory asks for it, and refuses what does not fit even so.
+pub(crate) fn fit_memory(memory: &mut MemoryEstimate, recipe: &Recipe, warnings: &mut Vec<String>) -> Result<(), JobError> {
+    let limit = recipe.max_memory.or_else(crate::workdir::available_memory);
+    if let Some(limit) = limit
+        && memory.peak() > limit
+        && memory.hidden > 0
+    {
+        memory.spooled = true;
+    }
+    if let Some(limit) = recipe.max_memory
+        && memory.peak() > limit
+    {
+        return Err(JobError::Resources(format!(
+            "this run needs about {} of memory even with its hidden states on disk, --max-memory allows {}: lower --batch-size or --calib-seqlen, or raise the limit",
+            mib(memory.peak()),
+            mib(limit)
+        )));
+    }
+    if recipe.max_memory.is_none()
+        && let Some(limit) = limit
+        && memory.peak() > limit
+    {
+        warnings.push(format!("about {} of memory will be needed, {} are free", mib(memory.peak()), mib(limit)));
+    }
+    Ok(())
+}
+
+/// Free bytes on the disk of the work directory, if known; there must be `disk_bytes`.
+pub(crate) fn fit_disk(work_dir: &Path, disk_bytes: u64) -> Result<Option<u64>, JobError> {
+    let disk_free = crate::workdir::nearest_existing(work_dir).and_then(|path| lite_model::free_space(&path));
+    if let Some(free) = disk_free
+        && free < disk_bytes
+    {
+        return Err(JobError::Resources(format!(
+            "the result needs about {} on the disk of `{}`, {} are free: free some space or choose another --work-dir",
+            mib(disk_bytes),
+            work_dir.display(),
+            mib(free)
+        )));
+    }
+    Ok(disk_free)
+}
+
+pub(crate) fn device(recipe: &Recipe) -> Result<Device, JobError> {
     match recipe.device {
         crate::DeviceChoice::Cpu | crate::DeviceChoice::Auto => Ok(Device::Cpu),
         crate::DeviceChoice::Cuda => Err(JobError::Resources(
@@ -287,17 +340,17 @@ fn device(recipe: &Recipe) -> Result<Device, JobError> {
     }
 }
 
-fn mib(bytes: u64) -> String {
+pub(crate) fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
-fn architecture(config: &serde_json::Map<String, serde_json::Value>) -> String {
+pub(crate) fn architecture(config: &serde_json::Map<String, serde_json::Value>) -> String {
     let first = config.get("architectures").and_then(|a| a.get(0)).and_then(|a| a.as_str());
     first.unwrap_or("unknown").to_owned()
 }
 
 /// The float type that most of the checkpoint's bytes have.
-fn plain_dtype(checkpoint: &Checkpoint) -> Dtype {
+pub(crate) fn plain_dtype(checkpoint: &Checkpoint) -> Dtype {
     let mut bytes = [(Dtype::BF16, 0u64), (Dtype::F16, 0), (Dtype::F32, 0)];
     for info in checkpoint.names().filter_map(|name| checkpoint.info(name)) {
         if let Some(entry) = bytes.iter_mut().find(|(dtype, _)| *dtype == info.dtype) {
@@ -310,13 +363,13 @@ fn plain_dtype(checkpoint: &Checkpoint) -> Dtype {
 /// Type of scales, and the type plain tensors are converted to (`None`: left as they are).
 ///
 /// `auto` follows LMDeploy: bfloat16 stays bfloat16, float16 and float32 become float16.
-fn output_dtype(choice: DtypeChoice, plain: Dtype) -> Result<(ScaleDtype, Option<(Dtype, &'static str)>), JobError> {
-    Ok(match (choice, plain) {
+fn output_dtype(choice: DtypeChoice, plain: Dtype) -> (ScaleDtype, Option<(Dtype, &'static str)>) {
+    match (choice, plain) {
         (DtypeChoice::Auto, Dtype::BF16) => (ScaleDtype::BF16, None),
         (DtypeChoice::Auto, Dtype::F16) => (ScaleDtype::F16, None),
         (DtypeChoice::Auto | DtypeChoice::Float16, _) => (ScaleDtype::F16, Some((Dtype::F16, "float16"))),
         (DtypeChoice::Bfloat16, _) => (ScaleDtype::BF16, Some((Dtype::BF16, "bfloat16"))),
-    })
+    }
 }
 
 /// Settings of the solver that cannot be.
@@ -433,7 +486,7 @@ fn ignored_linears(checkpoint: &Checkpoint, spec: Option<&DecoderSpec>, sites: &
 }
 
 /// Number and length of the calibration windows.
-fn calibration_shape(
+pub(crate) fn calibration_shape(
     recipe: &Recipe,
     spec: Option<&DecoderSpec>,
     notes: &mut Vec<String>,

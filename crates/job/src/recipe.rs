@@ -44,6 +44,8 @@ pub struct Recipe {
     pub tensor_parallel: usize,
     /// Calibration text.
     pub calib: CalibSettings,
+    /// Statistics to use instead of running calibration windows; `calib` is not looked at then.
+    pub stats: Option<StatsSource>,
     /// Text of the final check.
     pub eval: EvalSettings,
     /// Windows per forward pass; by default about 4096 tokens.
@@ -54,6 +56,38 @@ pub struct Recipe {
     pub max_shard_bytes: u64,
     /// Memory budget, bytes; hidden states go to a file when they would not fit.
     pub max_memory: Option<u64>,
+}
+
+impl Recipe {
+    /// A recipe for `model` with everything else as `lite auto_awq MODEL` has it.
+    pub fn new(model: String) -> Self {
+        Self {
+            model,
+            revision: None,
+            download_dir: None,
+            work_dir: PathBuf::from("./work_dir"),
+            overwrite: false,
+            method: Method::Awq { search_scale: true },
+            solver: Solver::NEAREST,
+            overrides: Vec::new(),
+            ignore: Vec::new(),
+            bits: 4,
+            group_size: 128,
+            symmetric: false,
+            range: Range::Search,
+            dtype: DtypeChoice::Auto,
+            layout: None,
+            target: None,
+            tensor_parallel: 1,
+            calib: CalibSettings { dataset: None, samples: 128, seqlen: None, seed: 0 },
+            stats: None,
+            eval: EvalSettings { dataset: None, windows: 16, seqlen: None },
+            batch_size: None,
+            device: DeviceChoice::Auto,
+            max_shard_bytes: 5_000_000_000,
+            max_memory: None,
+        }
+    }
 }
 
 /// How weights are prepared before they are rounded.
@@ -155,6 +189,21 @@ pub struct CalibSettings {
     pub seqlen: Option<i64>,
     /// Seed of every draw.
     pub seed: u64,
+}
+
+/// Statistics that an earlier run wrote.
+#[derive(Debug, Clone, Default)]
+pub struct StatsSource {
+    /// Their folder.
+    pub folder: PathBuf,
+    /// The text they must come from, if the user said: name or path.
+    pub dataset: Option<String>,
+    /// The number of windows they must come from, if the user said.
+    pub samples: Option<i64>,
+    /// The tokens per window they must come from, if the user said.
+    pub seqlen: Option<i64>,
+    /// The seed they must come from, if the user said.
+    pub seed: Option<u64>,
 }
 
 /// Text of the final check.

@@ -57,7 +57,7 @@ fn compile(flag: &str, pattern: &str, sites: &[QuantSite]) -> Result<Regex, JobE
 /// The module names that share most with a pattern: by the longest run of characters in common.
 fn nearest(pattern: &str, sites: &[QuantSite]) -> Vec<String> {
     let mut names: Vec<(usize, &str)> = sites.iter().map(|s| (longest_common(pattern, &s.module), s.module.as_str())).collect();
-    names.sort_by(|a, b| b.0.cmp(&a.0));
+    names.sort_by_key(|(common, _)| std::cmp::Reverse(*common));
     names.iter().take(4).map(|(_, name)| format!("`{}`", printable(name))).collect()
 }
 

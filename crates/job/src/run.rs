@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use lite_calib::{CalibRequest, ModelTokenizer, Windows};
+use lite_calib::{CalibError, CalibRequest, ModelTokenizer, Windows};
 use lite_model::{Checkpoint, CheckpointWriter, atomic_write, edit_config};
 use lite_quant::QuantizedLinear;
 use lite_runtime::QuantizedCheckpoint;
@@ -13,7 +13,9 @@ use crate::check::{Expected, check_tensors, compare_models, fingerprint};
 use crate::layer::round_plain;
 use crate::passthrough::{count_not_finite, encode, not_finite};
 use crate::workdir::WorkDir;
-use crate::{Action, CheckReport, Event, HubFetcher, JobError, Observer, Plan, Recipe, SiteReport, locate_model, prepare};
+use crate::{
+    Action, CalibSettings, CheckReport, Event, HubFetcher, JobError, Observer, Plan, Recipe, SiteReport, locate_model, prepare,
+};
 
 /// What a finished run did.
 #[derive(Debug, Clone)]
@@ -82,7 +84,10 @@ pub fn run(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) -> Res
         bits_per_weight: plan.bits_per_weight(),
         sites,
         check,
-        calibration: texts.calibration.map(|w| w.source.description),
+        calibration: match &plan.statistics {
+            Some(statistics) => Some(statistics.description()),
+            None => texts.calibration.map(|w| w.source.description),
+        },
         eval_source: texts.eval.map(|w| w.source.description),
         seconds: start.elapsed().as_secs_f64(),
     };
@@ -105,17 +110,18 @@ impl Texts {
         // The tokenizer's tables are large; they live only as long as the text is cut.
         let tokenizer = ModelTokenizer::from_dir(&plan.model, spec.vocab)?;
         let fetcher = HubFetcher::new(recipe, observer, cancel)?;
-        let calibration = if plan.windows == 0 {
-            None
-        } else {
-            let request = CalibRequest {
-                dataset: recipe.calib.dataset.clone().unwrap_or_else(|| "wikitext2".to_owned()),
-                samples: plan.windows,
-                seqlen: plan.seqlen,
-                seed: recipe.calib.seed,
-                explicit: recipe.calib.dataset.is_some(),
-            };
-            Some(lite_calib::load(&request, &tokenizer, &fetcher)?)
+        let calibration = match (&plan.statistics, &recipe.stats) {
+            _ if plan.windows == 0 => None,
+            (Some(statistics), wanted) => {
+                let dataset = wanted.as_ref().and_then(|wanted| wanted.dataset.clone());
+                if dataset.as_ref().is_some_and(|name| std::path::Path::new(name).exists()) {
+                    // A path says little of the text in it.
+                    let calib = CalibSettings { dataset, seed: statistics.seed(), ..recipe.calib.clone() };
+                    statistics.check_text(&calibration_windows(&calib, plan.windows, plan.seqlen, &tokenizer, &fetcher)?)?;
+                }
+                None
+            }
+            (None, _) => Some(calibration_windows(&recipe.calib, plan.windows, plan.seqlen, &tokenizer, &fetcher)?),
         };
         let eval = match (plan.eval_windows, &recipe.eval.dataset) {
             (0, _) => None,
@@ -141,6 +147,24 @@ impl Texts {
     }
 }
 
+/// The windows that `calib` names.
+pub(crate) fn calibration_windows(
+    calib: &CalibSettings,
+    samples: usize,
+    seqlen: usize,
+    tokenizer: &ModelTokenizer,
+    fetcher: &HubFetcher<'_>,
+) -> Result<Windows, CalibError> {
+    let request = CalibRequest {
+        dataset: calib.dataset.clone().unwrap_or_else(|| "wikitext2".to_owned()),
+        samples,
+        seqlen,
+        seed: calib.seed,
+        explicit: calib.dataset.is_some(),
+    };
+    lite_calib::load(&request, tokenizer, fetcher)
+}
+
 pub(crate) struct Runner<'a> {
     pub(crate) recipe: &'a Recipe,
     pub(crate) plan: &'a Plan,
@@ -158,8 +182,9 @@ impl Runner<'_> {
         let writer = CheckpointWriter::create(&staging, outputs, self.recipe.max_shard_bytes)?;
         let mut expected = Expected::default();
         self.write_plain(&writer, &mut expected)?;
-        let sites = match (&self.plan.spec, &texts.calibration) {
-            (Some(spec), Some(windows)) => self.calibrated(spec, windows, &writer, &mut expected)?,
+        let sites = match (&self.plan.spec, &self.plan.statistics, &texts.calibration) {
+            (Some(spec), Some(statistics), _) => self.solve_from_statistics(spec, statistics, &writer, &mut expected)?,
+            (Some(spec), None, Some(windows)) => self.calibrated(spec, windows, &writer, &mut expected)?,
             _ => self.data_free(&writer, &mut expected)?,
         };
         writer.finish()?;

@@ -6,16 +6,19 @@
 //! and, for a moment, its heads' outputs, so the whole costs one and a half forward passes per stream and not one per
 //! input.
 
-use candle_core::Tensor;
-use lite_decoder::{Block, InputId, Stream, with_cpu_slice};
-use lite_stats::CrossStats;
+use std::sync::atomic::Ordering;
 
-use crate::calibrate::{Pass, Sink, by_input};
+use candle_core::Tensor;
+use lite_decoder::{Block, InputId, NoTap, Stream, with_cpu_slice};
+use lite_stats::CrossStats;
+use lite_tune::{Side, TuneData, TuneError, TuneLinear, TuneSettings, tune_block};
+
+use crate::calibrate::{Pass, Sink, by_input, role};
 use crate::hidden::HiddenStates;
 use crate::layer::{Solved, solve_input};
 use crate::run::{LayerClock, Runner};
 use crate::source::ModelSource;
-use crate::{JobError, QuantSite};
+use crate::{Event, JobError, QuantSite};
 
 /// One model's states.
 struct Lane {
@@ -76,6 +79,15 @@ impl Runner<'_> {
         let groups = by_input(self.plan, index);
         let windows = float.residual.windows();
         let heads = heads_width(pass, index);
+        let before = if self.plan.solver.tune {
+            let mut copy = self.store("block-input", windows, pass.spec.hidden)?;
+            for (first, count) in self.batches(windows) {
+                copy.write(first, &quantized.residual.read(first, count)?)?;
+            }
+            Some(copy)
+        } else {
+            None
+        };
         float.heads = Some(self.store("heads", windows, heads)?);
         quantized.heads = Some(self.store("heads-quantized", windows, heads)?);
         for stream in [Stream::AttnIn, Stream::AttnOut, Stream::MlpIn, Stream::MlpMid] {
@@ -109,6 +121,20 @@ impl Runner<'_> {
                 done.push((*site, solved));
             }
         }
+        if let Some(before) = before {
+            clock.step(index, "tune");
+            let data = BlockData { input: &before, target: &float.residual };
+            let tuned = self.tune(pass, index, original, &mut done, &data)?;
+            self.observer.event(Event::Tuned { block: index, before: tuned.0, after: tuned.1, kept: tuned.2 });
+            for (site, solved) in &done {
+                self.place(&mut coded, site, &solved.quantized.dequantize())?;
+            }
+            // All linears may have moved: the whole block runs again on what it was fed.
+            quantized.residual = before;
+            clock.step(index, "propagate");
+            self.each_batch(&mut quantized.residual, pass, &coded, &mut NoTap, true)?;
+            return Ok(done);
+        }
         clock.step(index, "propagate");
         for (first, count) in self.batches(windows) {
             self.go_on()?;
@@ -117,6 +143,37 @@ impl Runner<'_> {
             keep(&mut quantized.residual, first, &coded.after_mlp(&residual, &middle)?)?;
         }
         Ok(done)
+    }
+
+    /// Tunes the solved linears of a block against the float block; returns the held-out error before and after, and
+    /// whether the tuned ones were kept.
+    fn tune(
+        &self,
+        pass: &Pass<'_>,
+        index: usize,
+        original: &Block,
+        done: &mut [(&QuantSite, Solved)],
+        data: &BlockData<'_>,
+    ) -> Result<(f64, f64, bool), JobError> {
+        let mut linears = Vec::new();
+        for (site, solved) in done.iter_mut() {
+            let target = match solved.target.take() {
+                Some(target) => target,
+                None => self.weights(original, &[*site])?.swap_remove(0).1,
+            };
+            linears.push(TuneLinear { role: role(site)?, quantized: solved.quantized.clone(), target });
+        }
+        let settings = TuneSettings { seed: self.recipe.calib.seed, ..TuneSettings::default() };
+        let cancel = || self.cancel.load(Ordering::Relaxed);
+        let outcome = match tune_block(original, linears, &pass.rope, data, &settings, &cancel) {
+            Ok(outcome) => outcome,
+            Err(TuneError::Cancelled) => return Err(JobError::Interrupted(self.recipe.work_dir.clone())),
+            Err(error) => return Err(JobError::Tune { block: index, reason: error.to_string() }),
+        };
+        for ((_, solved), tuned) in done.iter_mut().zip(outcome.linears) {
+            solved.quantized = tuned.quantized;
+        }
+        Ok((outcome.held_out_before, outcome.held_out_after, outcome.kept))
     }
 
     /// The input `stream` of one batch, from what the lane kept; keeps what the next input needs. `last` moves the lane
@@ -161,6 +218,31 @@ impl Runner<'_> {
     fn rows(&self, store: &HiddenStates, first: usize, count: usize, width: usize) -> Result<Tensor, JobError> {
         let shape = [count * self.plan.seqlen, width];
         crate::fold::tensor(store.read(first, count)?, &shape, &self.plan.device)
+    }
+}
+
+/// The hidden states around a block, for tuning.
+struct BlockData<'a> {
+    input: &'a HiddenStates,
+    target: &'a HiddenStates,
+}
+
+impl TuneData for BlockData<'_> {
+    fn windows(&self) -> usize {
+        self.input.windows()
+    }
+
+    fn read(
+        &self,
+        side: Side,
+        first: usize,
+        count: usize,
+    ) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>> {
+        let store = match side {
+            Side::Input => self.input,
+            Side::Target => self.target,
+        };
+        Ok(store.read(first, count)?)
     }
 }
 

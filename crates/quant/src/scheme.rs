@@ -37,7 +37,7 @@ impl GroupSize {
     pub fn width(self, in_features: usize) -> Result<usize, QuantError> {
         match self {
             Self::Channel => Ok(in_features),
-            Self::Channels(width) if width != 0 && in_features != 0 && in_features % width == 0 => Ok(width),
+            Self::Channels(width) if width != 0 && in_features != 0 && in_features.is_multiple_of(width) => Ok(width),
             Self::Channels(width) => Err(QuantError::NotDivisible { in_features, group_size: width }),
         }
     }

@@ -36,13 +36,12 @@ pub(crate) fn score(
     device: &Device,
     progress: CompareProgress<'_>,
 ) -> Result<Vec<TokenScore>, RuntimeError> {
-    let normed = |source: &dyn WeightSource, values: &[f32]| -> Result<Vec<f32>, RuntimeError> {
-        let norm = FinalNorm::load(spec, source, device)?;
-        let rows = values.len() / spec.hidden;
-        let x = Tensor::from_slice(values, (rows, spec.hidden), device).map_err(DecoderError::from)?;
-        Ok(with_cpu_slice(&norm.forward(&x)?, <[f32]>::to_vec)?)
+    // The norm is applied chunk by chunk: cheap beside the head, and no second copy of all hidden states.
+    let norms = (FinalNorm::load(spec, original, device)?, FinalNorm::load(spec, quantized, device)?);
+    let normed = |norm: &FinalNorm, values: &[f32]| -> Result<Vec<f32>, RuntimeError> {
+        let x = Tensor::from_slice(values, (values.len() / spec.hidden, spec.hidden), device);
+        Ok(with_cpu_slice(&norm.forward(&x.map_err(DecoderError::from)?)?, <[f32]>::to_vec)?)
     };
-    let (float, coded) = (normed(original, float)?, normed(quantized, coded)?);
     let targets = windows.iter().flat_map(|w| w.iter().skip(1).map(|&t| Some(t)).chain([None]));
     let mut tokens: Vec<Divergence> = targets.map(Divergence::new).collect();
     let slices = spec.vocab.div_ceil(SLICE);
@@ -57,11 +56,11 @@ pub(crate) fn score(
         let h = spec.hidden;
         for (chunk, tokens) in tokens.chunks_mut(TOKENS).enumerate() {
             let rows = chunk * TOKENS * h..(chunk * TOKENS + tokens.len()) * h;
-            let logits = |values: &[f32], weight: &[f32]| {
-                let x = Mat::new(&values[rows.clone()], tokens.len(), h);
-                gemm(x, Mat::new(weight, ids.len(), h).t(), Threads::All)
+            let logits = |norm: &FinalNorm, values: &[f32], weight: &[f32]| -> Result<Vec<f32>, RuntimeError> {
+                let x = normed(norm, &values[rows.clone()])?;
+                Ok(gemm(Mat::new(&x, tokens.len(), h), Mat::new(weight, ids.len(), h).t(), Threads::All))
             };
-            let (l, m) = (logits(&float, &weight), logits(&coded, &coded_weight));
+            let (l, m) = (logits(&norms.0, float, &weight)?, logits(&norms.1, coded, &coded_weight)?);
             let rows = l.par_chunks(ids.len()).zip(m.par_chunks(ids.len()));
             tokens.par_iter_mut().zip(rows).for_each(|(token, (l, m))| token.update(first as u32, l, m));
         }

@@ -1,6 +1,8 @@
 use lite_linalg::{gram_update, mirror_lower};
 use rayon::prelude::*;
 
+use crate::StatsError;
+
 /// Statistics of one linear input over all tokens seen so far.
 #[derive(Debug, Clone)]
 pub struct InputStats {
@@ -31,6 +33,47 @@ impl InputStats {
             abs_max: vec![0.0; in_features],
             finished: false,
         }
+    }
+
+    /// Finished statistics as they were read back: `gram` is `XᵀX / T` in both triangles, `[K, K]`, `abs_mean` and
+    /// `abs_max` are `[K]`. [`InputStats::gram`], [`InputStats::abs_mean`] and [`InputStats::abs_max`] then return
+    /// exactly these values.
+    ///
+    /// # Errors
+    /// [`StatsError::Invalid`] where no activations can have such statistics: a length that is not K or K², NaN, Inf or
+    /// negative values where there can be none, a Gram matrix that is not symmetric to the bit, no tokens.
+    pub fn from_parts(
+        in_features: usize,
+        tokens: u64,
+        gram: Vec<f32>,
+        abs_mean: &[f32],
+        abs_max: Vec<f32>,
+    ) -> Result<Self, StatsError> {
+        let k = in_features;
+        let invalid = |what: String| Err(StatsError::Invalid { what });
+        if k.checked_mul(k) != Some(gram.len()) || abs_mean.len() != k || abs_max.len() != k {
+            let (g, mean, max) = (gram.len(), abs_mean.len(), abs_max.len());
+            return invalid(format!("{g} Gram values, {mean} means and {max} maxima do not belong to {k} channels"));
+        }
+        if tokens == 0 {
+            return invalid("they count no tokens".to_owned());
+        }
+        // Written so that NaN fails.
+        let sound = |v: f32| v >= 0.0 && v.is_finite();
+        for c in 0..k {
+            let (mean, max, square) = (abs_mean[c], abs_max[c], gram[c * k + c]);
+            if !(sound(mean) && sound(max) && sound(square)) {
+                return invalid(format!(
+                    "channel {c} has mean |x| {mean}, max |x| {max} and mean square {square}, wanted finite values of 0 or more"
+                ));
+            }
+        }
+        if let Some((row, col, what)) = flaw(&gram, k) {
+            return invalid(format!("the Gram matrix {what} at row {row}, column {col}"));
+        }
+        // The product and the quotient are off by at most one f64 rounding each, so rounding to f32 gives `m` back.
+        let abs_sum = abs_mean.iter().map(|m| f64::from(*m) * tokens as f64).collect();
+        Ok(Self { in_features, tokens, gram, abs_sum, abs_max, finished: true })
     }
 
     /// Adds `x`, `(tokens, K)` row-major.
@@ -83,6 +126,29 @@ impl InputStats {
             .filter(|&c| !self.abs_max[c].is_finite() || !self.gram[c * self.in_features + c].is_finite())
             .count()
     }
+}
+
+/// The first value, by row, that is NaN or Inf or differs from its mirror image.
+fn flaw(gram: &[f32], k: usize) -> Option<(usize, usize, &'static str)> {
+    // Tiles keep both triangles' lines in the cache.
+    const TILE: usize = 64;
+    let rows: Vec<usize> = (0..k).step_by(TILE).collect();
+    let in_rows = |&first: &usize| {
+        let last = (first + TILE).min(k);
+        (0..last).step_by(TILE).find_map(|start| {
+            (first..last).find_map(|row| {
+                (start..(start + TILE).min(row + 1)).find_map(|col| {
+                    let (lower, upper) = (gram[row * k + col], gram[col * k + row]);
+                    if !lower.is_finite() || !upper.is_finite() {
+                        Some((row, col, "holds NaN or Inf"))
+                    } else {
+                        (lower.to_bits() != upper.to_bits()).then_some((row, col, "is not symmetric"))
+                    }
+                })
+            })
+        })
+    };
+    rows.par_iter().find_map_first(in_rows)
 }
 
 fn nan_max(a: f32, b: f32) -> f32 {
@@ -140,6 +206,39 @@ mod tests {
             stats.finish();
             assert_eq!(stats.broken_channels(), 1, "{at}");
         }
+    }
+
+    #[test]
+    fn parts_come_back_as_they_were() {
+        let (k, tokens) = (130, 333);
+        let x: Vec<f32> = (0..tokens * k).map(|i| ((i * 7919 % 10_007) as f32 / 777.0) - 6.0).collect();
+        let mut stats = InputStats::new(k);
+        stats.update(&x);
+        stats.finish();
+        let parts = || (stats.gram().to_vec(), stats.abs_mean(), stats.abs_max().to_vec());
+        let (gram, mean, max) = parts();
+        let back = InputStats::from_parts(k, stats.tokens, gram, &mean, max).unwrap();
+        assert_eq!((back.gram(), back.abs_mean(), back.abs_max()), (stats.gram(), stats.abs_mean(), stats.abs_max()));
+
+        type Damage = fn(&mut Vec<f32>, &mut Vec<f32>, &mut Vec<f32>);
+        let cases: [(Damage, &str); 8] = [
+            (|gram, _, _| gram[5] = f32::NAN, "row 5, column 0"),
+            (|gram, _, _| gram[129 * 130 + 70] = f32::INFINITY, "NaN or Inf at row 129, column 70"),
+            (|gram, _, _| gram[70 * 130 + 3] += 1.0, "not symmetric at row 70, column 3"),
+            (|gram, _, _| gram[2 * 131] = -1.0, "mean square -1"),
+            (|gram, _, _| gram.truncate(130 * 130 - 1), "16899 Gram values"),
+            (|_, mean, _| mean[3] = f32::NAN, "channel 3 has mean |x| NaN"),
+            (|_, _, max| max[3] = f32::INFINITY, "max |x| inf"),
+            (|_, _, max| max.push(1.0), "131 maxima"),
+        ];
+        for (damage, wanted) in cases {
+            let (mut gram, mut mean, mut max) = parts();
+            damage(&mut gram, &mut mean, &mut max);
+            let error = InputStats::from_parts(k, 333, gram, &mean, max).unwrap_err().to_string();
+            assert!(error.contains(wanted), "{error}");
+        }
+        let (gram, mean, max) = parts();
+        assert!(InputStats::from_parts(k, 0, gram, &mean, max).is_err(), "no tokens");
     }
 
     #[test]

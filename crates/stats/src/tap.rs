@@ -23,6 +23,12 @@ pub enum StatsError {
         /// All channels.
         total: usize,
     },
+    /// Statistics that were read back cannot be any.
+    #[error("{what}; the statistics are damaged: make them again")]
+    Invalid {
+        /// What was found.
+        what: String,
+    },
 }
 
 /// The statistics of every input of one block.
@@ -32,6 +38,11 @@ pub struct BlockStats {
 }
 
 impl BlockStats {
+    /// Finished statistics of some inputs of one block.
+    pub fn from_inputs(inputs: BTreeMap<InputId, InputStats>) -> Self {
+        Self { inputs }
+    }
+
     /// Statistics of one input, if the block has it.
     pub fn get(&self, input: InputId) -> Option<&InputStats> {
         self.inputs.get(&input)

@@ -1,5 +1,6 @@
 //! One module per subcommand.
 
+mod calibrate;
 mod plan;
 mod quantize;
 
@@ -19,6 +20,7 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<()> {
     match &cli.command {
         Command::AutoAwq(args) => quantize::run(MethodName::Awq, args, cli.format),
         Command::AutoGptq(args) => quantize::run(MethodName::Gptq, args, cli.format),
+        Command::Calibrate(args) => calibrate::run(args, cli.format),
         Command::Plan { method, args } => plan::run(*method, args, cli.format),
     }
 }

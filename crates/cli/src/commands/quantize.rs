@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use lite_job::{
-    CalibSettings, DeviceChoice, DtypeChoice, EvalSettings, JobError, Method, Override, Recipe, Rounding, Solver,
+    CalibSettings, DeviceChoice, DtypeChoice, EvalSettings, JobError, Method, Override, Recipe, Rounding, Solver, StatsSource,
 };
 use lite_pack::targets::Target;
 
@@ -50,7 +50,7 @@ pub(crate) fn recipe(method: MethodName, args: &QuantizeArgs) -> Result<Recipe, 
             MethodName::Awq => Method::Awq { search_scale: !weights.no_search_scale },
             MethodName::Gptq => Method::Plain,
         },
-        solver: solver(method, &args.solver, args.calib.calib_samples == 0),
+        solver: solver(method, &args.solver, args.calib.samples() == 0),
         overrides: weights.overrides.iter().map(|text| read_override(text)).collect::<Result<_, _>>()?,
         ignore: weights.ignore.clone(),
         bits: weights.w_bits,
@@ -76,24 +76,47 @@ pub(crate) fn recipe(method: MethodName, args: &QuantizeArgs) -> Result<Recipe, 
         tensor_parallel: weights.tp,
         calib: CalibSettings {
             dataset: args.calib.calib_dataset.clone(),
-            samples: args.calib.calib_samples,
+            samples: args.calib.samples(),
             seqlen: args.calib.calib_seqlen,
-            seed: args.calib.seed,
+            seed: args.calib.seed(),
         },
+        stats: stats(args)?,
         eval: EvalSettings {
             dataset: args.check.eval_dataset.clone(),
             windows: args.check.eval_samples,
             seqlen: args.check.eval_seqlen,
         },
         batch_size: args.calib.batch_size,
-        device: match args.resources.device {
-            Device::Auto => DeviceChoice::Auto,
-            Device::Cpu => DeviceChoice::Cpu,
-            Device::Cuda => DeviceChoice::Cuda,
-        },
+        device: device(args.resources.device),
         max_shard_bytes: args.resources.max_shard_size,
         max_memory: args.resources.max_memory,
     })
+}
+
+/// `--device`.
+pub(crate) fn device(device: Device) -> DeviceChoice {
+    match device {
+        Device::Auto => DeviceChoice::Auto,
+        Device::Cpu => DeviceChoice::Cpu,
+        Device::Cuda => DeviceChoice::Cuda,
+    }
+}
+
+/// `--stats`, with the calibration flags that were typed beside it.
+fn stats(args: &QuantizeArgs) -> Result<Option<StatsSource>, JobError> {
+    let Some(folder) = &args.stats.stats else { return Ok(None) };
+    if args.calib.samples() == 0 {
+        return Err(JobError::Usage(
+            "--calib-samples 0 quantizes without data, --stats with the data of an earlier run; give one of them".to_owned(),
+        ));
+    }
+    Ok(Some(StatsSource {
+        folder: folder.clone(),
+        dataset: args.calib.calib_dataset.clone(),
+        samples: args.calib.calib_samples,
+        seqlen: args.calib.calib_seqlen,
+        seed: args.calib.seed,
+    }))
 }
 
 /// What the effort says, with what the other flags say.
@@ -106,7 +129,7 @@ fn solver(method: MethodName, args: &SolverArgs, data_free: bool) -> Solver {
         // Without data there is nothing to solve with; asking for it by name is an error later.
         _ if data_free && args.effort.is_none() => (Rounding::Nearest, false),
         Effort::Fast => (Rounding::Nearest, false),
-        Effort::Default => (Rounding::Refine, true),
+        Effort::Default | Effort::Best => (Rounding::Refine, true),
     };
     let rounding = match args.rounding {
         None => rounding,
@@ -117,7 +140,7 @@ fn solver(method: MethodName, args: &SolverArgs, data_free: bool) -> Solver {
     Solver {
         rounding,
         error_aware: error_aware && rounding != Rounding::Nearest,
-        tune: false,
+        tune: args.effort == Some(Effort::Best) && rounding != Rounding::Nearest,
         act_order: !args.no_act_order,
         damp: args.damp_percent,
         fallback: !args.no_fallback,

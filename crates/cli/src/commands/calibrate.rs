@@ -1,0 +1,42 @@
+//! `lite calibrate`.
+
+use std::io::Write;
+
+use lite_job::{CalibSettings, Recipe};
+
+use super::quantize::device;
+use crate::args::{CalibrateArgs, Format};
+use crate::output;
+use crate::progress::Progress;
+
+/// Gathers statistics, and prints where they are on standard output.
+pub(crate) fn run(args: &CalibrateArgs, format: Format) -> anyhow::Result<()> {
+    let recipe = Recipe {
+        revision: args.resources.revision.clone(),
+        download_dir: args.resources.download_dir.clone(),
+        work_dir: args.work_dir.clone(),
+        overwrite: args.overwrite,
+        calib: CalibSettings {
+            dataset: args.calib.calib_dataset.clone(),
+            samples: args.calib.samples(),
+            seqlen: args.calib.calib_seqlen,
+            seed: args.calib.seed(),
+        },
+        batch_size: args.calib.batch_size,
+        device: device(args.resources.device),
+        max_shard_bytes: args.resources.max_shard_size,
+        max_memory: args.resources.max_memory,
+        ..Recipe::new(args.model.clone())
+    };
+    let cancel = super::cancel_flag()?;
+    let progress = Progress::new(format);
+    let report = lite_job::calibrate(&recipe, &progress, &cancel)?;
+    drop(progress);
+    let mut stdout = std::io::stdout().lock();
+    match format {
+        Format::Json => writeln!(stdout, "{}", output::statistics_json(&report))?,
+        Format::Quiet => writeln!(stdout, "{}", report.output.display())?,
+        Format::Auto | Format::Human => output::statistics(&mut stdout, &report)?,
+    }
+    Ok(())
+}

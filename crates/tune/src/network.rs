@@ -1,0 +1,165 @@
+//! A block as slices: linears that share an input are one matrix, and every head is a column offset.
+
+use std::ops::Range;
+
+use lite_decoder::{Activation, AttnSpec, Block, GqaSpec, MlpSpec, NormKind, NormSpec, Role, Rope, with_cpu_slice};
+use lite_linalg::{Mat, Threads, gemm_into};
+
+use crate::TuneError;
+use crate::kernels::{Rotation, add_row};
+
+/// The linears that read one input, as one matrix.
+pub(crate) struct Fused {
+    /// Rows of each linear.
+    pub(crate) parts: Vec<(Role, Range<usize>)>,
+    /// Outputs of all together.
+    pub(crate) outputs: usize,
+    pub(crate) inputs: usize,
+    /// `[outputs, inputs]`
+    pub(crate) weight: Vec<f32>,
+    /// `[outputs]`, 0 where a linear has none; `None` if none has one.
+    bias: Option<Vec<f32>>,
+}
+
+impl Fused {
+    fn new(block: &Block, choices: &[&[Role]]) -> Result<Self, TuneError> {
+        let found = choices.iter().find(|roles| roles.iter().all(|role| block.weight(*role).is_some()));
+        let roles = *found.ok_or_else(|| TuneError::Unsupported { what: format!("a block without {choices:?}") })?;
+        let (mut parts, mut weight, mut biases, mut inputs) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        let mut biased = false;
+        for &role in roles {
+            let Some(tensor) = block.weight(role) else { continue };
+            let (n, k) = tensor.dims2()?;
+            parts.push((role, biases.len()..biases.len() + n));
+            with_cpu_slice(tensor, |values| weight.extend_from_slice(values))?;
+            match block.bias(role) {
+                Some(bias) => {
+                    biased = true;
+                    with_cpu_slice(bias, |values| biases.extend_from_slice(values))?;
+                }
+                None => biases.resize(biases.len() + n, 0.0),
+            }
+            inputs = k;
+        }
+        let outputs = biases.len();
+        Ok(Self { parts, outputs, inputs, weight, bias: biased.then_some(biases) })
+    }
+
+    fn start_of(&self, role: Role) -> usize {
+        self.parts.iter().find(|(r, _)| *r == role).map_or(0, |(_, rows)| rows.start)
+    }
+
+    fn matrix(&self) -> Mat<'_> {
+        Mat::new(&self.weight, self.outputs, self.inputs)
+    }
+
+    /// `out = beta · out + x · weightᵀ + bias` for whole rows, on the calling thread.
+    pub(crate) fn forward(&self, out: &mut [f32], beta: f32, x: &[f32]) {
+        let rows = Mat::new(x, x.len() / self.inputs, self.inputs);
+        gemm_into(out, self.outputs, beta, 1.0, rows, self.matrix().t(), Threads::One);
+        if let Some(bias) = &self.bias {
+            add_row(out, bias);
+        }
+    }
+
+    /// `dx = dy · weight` for whole rows, on the calling thread.
+    pub(crate) fn backward(&self, dx: &mut [f32], dy: &[f32]) {
+        let rows = Mat::new(dy, dy.len() / self.outputs, self.outputs);
+        gemm_into(dx, self.inputs, 0.0, 1.0, rows, self.matrix(), Threads::One);
+    }
+}
+
+/// Weight and eps of a norm.
+pub(crate) type Norm = (Vec<f32>, f32);
+
+/// The four matrices of a [`Network`], in order of execution.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stage {
+    Qkv,
+    O,
+    GateUp,
+    Down,
+}
+
+impl Stage {
+    pub(crate) const ALL: [Self; 4] = [Self::Qkv, Self::O, Self::GateUp, Self::Down];
+}
+
+/// A block's weights on the CPU, and the rotary tables.
+pub(crate) struct Network {
+    pub(crate) hidden: usize,
+    pub(crate) intermediate: usize,
+    pub(crate) tokens: usize,
+    pub(crate) attn: GqaSpec,
+    /// Offsets of the heads of q, k and v in a row of the projection.
+    pub(crate) columns: [Vec<usize>; 3],
+    /// In the order of [`Stage`].
+    stages: [Fused; 4],
+    pub(crate) attn_norm: Norm,
+    pub(crate) mlp_norm: Norm,
+    pub(crate) q_norm: Option<Norm>,
+    pub(crate) k_norm: Option<Norm>,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Network {
+    pub(crate) fn new(block: &Block, rope: &Rope) -> Result<Self, TuneError> {
+        let unsupported = |what: &str| TuneError::Unsupported { what: what.to_owned() };
+        let spec = block.spec();
+        let AttnSpec::Gqa(attn) = &spec.attn else { return Err(unsupported("this kind of attention")) };
+        let MlpSpec::Gated(mlp) = &spec.mlp else { return Err(unsupported("this kind of feed-forward")) };
+        let Activation::Silu = mlp.activation else { return Err(unsupported("this activation")) };
+        let norm = |norm: &NormSpec| -> Result<Norm, TuneError> {
+            let NormKind::Rms = norm.kind else { return Err(unsupported("this kind of norm")) };
+            let weight = block.vector(&norm.weight).ok_or_else(|| unsupported("a block without its norms"))?;
+            Ok((with_cpu_slice(weight, <[f32]>::to_vec)?, norm.eps))
+        };
+        let stages = [
+            Fused::new(block, &[&[Role::Qkv], &[Role::Q, Role::K, Role::V]])?,
+            Fused::new(block, &[&[Role::O]])?,
+            Fused::new(block, &[&[Role::GateUp], &[Role::Gate, Role::Up]])?,
+            Fused::new(block, &[&[Role::Down]])?,
+        ];
+        let columns = attn.columns().map(|(role, columns)| {
+            let start = stages[Stage::Qkv as usize].start_of(role);
+            columns.into_iter().map(|column| start + column).collect()
+        });
+        let (cos, sin) = rope.tables();
+        Ok(Self {
+            hidden: stages[Stage::Qkv as usize].inputs,
+            intermediate: mlp.intermediate,
+            tokens: rope.tokens(),
+            columns,
+            stages,
+            attn_norm: norm(&spec.norms.attn)?,
+            mlp_norm: norm(&spec.norms.mlp)?,
+            q_norm: attn.q_norm.as_ref().map(norm).transpose()?,
+            k_norm: attn.k_norm.as_ref().map(norm).transpose()?,
+            attn: attn.clone(),
+            cos: with_cpu_slice(cos, <[f32]>::to_vec)?,
+            sin: with_cpu_slice(sin, <[f32]>::to_vec)?,
+        })
+    }
+
+    pub(crate) fn stage(&self, stage: Stage) -> &Fused {
+        &self.stages[stage as usize]
+    }
+
+    pub(crate) fn stage_mut(&mut self, stage: Stage) -> &mut Fused {
+        &mut self.stages[stage as usize]
+    }
+
+    /// Where the rows of `role` are.
+    pub(crate) fn find(&self, role: Role) -> Option<(Stage, Range<usize>)> {
+        Stage::ALL.into_iter().find_map(|stage| {
+            let (_, rows) = self.stage(stage).parts.iter().find(|(r, _)| *r == role)?;
+            Some((stage, rows.clone()))
+        })
+    }
+
+    pub(crate) fn rotation(&self) -> Rotation<'_> {
+        let half = self.cos.len() / self.tokens.max(1);
+        Rotation { cos: &self.cos, sin: &self.sin, half, tokens: self.tokens }
+    }
+}
