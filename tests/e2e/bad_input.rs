@@ -39,7 +39,13 @@ const CASES: &[Case] = &[
     Case { name: "bits 9", damage: NONE, flags: &["--w-bits", "9"], code: 2, says: &["9 bits"] },
     Case { name: "group 0", damage: NONE, flags: &["--w-group-size", "0"], code: 2, says: &["group size 0", "128"] },
     Case { name: "group 7", damage: NONE, flags: &["--w-group-size", "7"], code: 2, says: &["group size 7"] },
-    Case { name: "samples -1", damage: NONE, flags: &["--calib-samples", "-1"], code: 2, says: &["--calib-samples -1"] },
+    Case {
+        name: "samples -1",
+        damage: NONE,
+        flags: &["--calib-samples", "-1"],
+        code: 2,
+        says: &["--calib-samples -1"],
+    },
     Case {
         name: "seqlen beyond the model",
         damage: NONE,

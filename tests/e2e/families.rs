@@ -37,8 +37,22 @@ fn every_family_runs_end_to_end() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("out");
         let flags = [
-            "--calib-dataset", "random", "--calib-samples", "8", "--calib-seqlen", "32", "--eval-samples", "2",
-            "--w-group-size", "16", "--w-bits", "8", "--layout", "compressed-tensors", "--format", "json",
+            "--calib-dataset",
+            "random",
+            "--calib-samples",
+            "8",
+            "--calib-seqlen",
+            "32",
+            "--eval-samples",
+            "2",
+            "--w-group-size",
+            "16",
+            "--w-bits",
+            "8",
+            "--layout",
+            "compressed-tensors",
+            "--format",
+            "json",
         ];
         let stdout = auto_awq_ok(copy.path(), &out, &flags);
         let summary: serde_json::Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
@@ -48,7 +62,8 @@ fn every_family_runs_end_to_end() {
         assert!((0.0..0.01).contains(&kl), "{}: {kl}", family.display());
         // The same with statistics of the float model: their folds are asserted on random states.
         let (stats, out) = (dir.path().join("stats"), dir.path().join("from-stats"));
-        let calibrate = lite().arg("calibrate").arg(copy.path()).arg("--work-dir").arg(&stats).args(&flags[..6]).output().unwrap();
+        let calibrate =
+            lite().arg("calibrate").arg(copy.path()).arg("--work-dir").arg(&stats).args(&flags[..6]).output().unwrap();
         assert!(calibrate.status.success(), "{}: {}", family.display(), String::from_utf8_lossy(&calibrate.stderr));
         auto_awq_ok(copy.path(), &out, &[&flags[6..], &["--stats", stats.to_str().unwrap()]].concat());
         ran += 1;

@@ -26,7 +26,8 @@ fn kl(summary: &serde_json::Value) -> f64 {
 
 /// AutoGPTQ's v1 layout: codes along K, zero points stored minus one along N.
 fn decode_gptq(tensors: &BTreeMap<String, Raw>, module: &str) -> Vec<f32> {
-    let (qweight, qzeros) = (tensors[&format!("{module}.qweight")].words(), tensors[&format!("{module}.qzeros")].words());
+    let (qweight, qzeros) =
+        (tensors[&format!("{module}.qweight")].words(), tensors[&format!("{module}.qzeros")].words());
     let scales = &tensors[&format!("{module}.scales")];
     let (groups, n) = (scales.shape[0], scales.shape[1]);
     let k = tensors[&format!("{module}.g_idx")].shape[0];
@@ -94,7 +95,11 @@ fn the_solver_gives_the_same_bytes_for_any_number_of_threads() {
 fn overrides_and_ignores_apply_to_what_they_match() {
     let dir = tempfile::tempdir().unwrap();
     let flags = [
-        "--override", "mlp\\.down_proj:bits=8,group_size=64", "--ignore", "layers\\.0\\.self_attn", "--layout",
+        "--override",
+        "mlp\\.down_proj:bits=8,group_size=64",
+        "--ignore",
+        "layers\\.0\\.self_attn",
+        "--layout",
         "compressed-tensors",
     ];
     for verb in ["auto_awq", "auto_gptq"] {

@@ -15,7 +15,9 @@ fn a_plan_tells_everything_and_writes_nothing() {
         String::from_utf8(output.stdout).unwrap()
     };
     let text = run(&[]);
-    for wanted in ["down_proj", "[256, 768]", "quantized", "absorbs scales", "memory", "disk", "time", "vllm", "turbomind"] {
+    for wanted in
+        ["down_proj", "[256, 768]", "quantized", "absorbs scales", "memory", "disk", "time", "vllm", "turbomind"]
+    {
         assert!(text.contains(wanted), "no `{wanted}` in:\n{text}");
     }
     let plan: serde_json::Value = serde_json::from_str(&run(&["--format", "json"])).unwrap();
@@ -79,8 +81,13 @@ fn an_interrupted_run_leaves_nothing() {
     let out = dir.path().join("out");
     let flags = ["--calib-dataset", "random", "--calib-samples", "2000", "--calib-seqlen", "512"];
     let child = lite()
-        .arg("auto_awq").arg(model()).arg("--work-dir").arg(&out).args(flags)
-        .stdout(Stdio::piped()).stderr(Stdio::piped())
+        .arg("auto_awq")
+        .arg(model())
+        .arg("--work-dir")
+        .arg(&out)
+        .args(flags)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
         .spawn()
         .unwrap();
     // Once the staging folder is there, the run is on its way.

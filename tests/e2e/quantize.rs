@@ -48,7 +48,8 @@ fn config_keys_and_side_files_are_left_alone() {
             assert_eq!(&after[name], bytes, "{name}");
         }
     }
-    let text = |files: &std::collections::BTreeMap<String, Vec<u8>>| String::from_utf8(files["config.json"].clone()).unwrap();
+    let text =
+        |files: &std::collections::BTreeMap<String, Vec<u8>>| String::from_utf8(files["config.json"].clone()).unwrap();
     let kept = text(&after);
     for line in text(&before).lines().filter(|l| l.contains(':')) {
         assert!(kept.contains(line.trim().trim_end_matches(',')), "`{line}` was changed");

@@ -145,7 +145,8 @@ pub(crate) fn decode_awq(tensors: &BTreeMap<String, Raw>, module: &str) -> Vec<f
     let (k, n, groups) = (qweight.shape[0], scales.shape[1], scales.shape[0]);
     // AutoAWQ's AWQ_REVERSE_ORDER: column 8c + i is nibble REVERSE[i] of word c.
     const REVERSE: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
-    let nibble = |words: &[u32], row: usize, col: usize| (words[row * (n / 8) + col / 8] >> (4 * REVERSE[col % 8])) & 15;
+    let nibble =
+        |words: &[u32], row: usize, col: usize| (words[row * (n / 8) + col / 8] >> (4 * REVERSE[col % 8])) & 15;
     let (weights, zeros, scales) = (qweight.words(), qzeros.words(), scales.floats());
     let mut out = vec![0f32; n * k];
     for row in 0..k {

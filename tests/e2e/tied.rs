@@ -17,8 +17,11 @@ fn every_form_of_tied_embeddings_gives_the_same_result() {
     only_head.insert(HEAD.to_owned(), embed.clone());
     let mut both = tensors(&model());
     both.insert(HEAD.to_owned(), embed);
-    let forms: [(&str, _, &[(&str, &str)]); 3] =
-        [("alias", &only_head, &[("format", "pt"), (EMBED, HEAD)]), ("head", &only_head, &[("format", "pt")]), ("both", &both, &[])];
+    let forms: [(&str, _, &[(&str, &str)]); 3] = [
+        ("alias", &only_head, &[("format", "pt"), (EMBED, HEAD)]),
+        ("head", &only_head, &[("format", "pt")]),
+        ("both", &both, &[]),
+    ];
     for (form, tensors_in, metadata) in forms {
         let copy = copy_of(&model());
         write_tensors(copy.path(), tensors_in, metadata);

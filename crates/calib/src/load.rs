@@ -259,7 +259,11 @@ fn stand_in(
 ) -> Result<Windows, CalibError> {
     let mut windows = built_in(tokenizer, request.samples, request.seqlen)?;
     let count = windows.tokens.len();
-    let all = if count < request.samples { format!(", all it gives (of {} asked for)", request.samples) } else { String::new() };
+    let all = if count < request.samples {
+        format!(", all it gives (of {} asked for)", request.samples)
+    } else {
+        String::new()
+    };
     let reason = if offline { "offline" } else { reason };
     // Replaces the corpus's own note on its length.
     windows.notes.retain(|note| !note.starts_with(ALL_IT_GIVES));

@@ -22,7 +22,11 @@ fn the_builtin_corpus_gives_windows() {
     }
     let all = load(&request("builtin", 100_000, 512), &tokenizer(), &OFFLINE).expect("never an error");
     assert!(all.tokens.len() > 50 && all.tokens.len() < 100_000);
-    let note = format!("all the built-in corpus gives: {} windows of 512 tokens, {} were asked for", all.tokens.len(), 100_000);
+    let note = format!(
+        "all the built-in corpus gives: {} windows of 512 tokens, {} were asked for",
+        all.tokens.len(),
+        100_000
+    );
     assert!(all.notes.contains(&note), "{:?}", all.notes);
 }
 

@@ -118,12 +118,7 @@ pub(crate) fn rendered(document: &Document, tokenizer: &ModelTokenizer, name: &s
 }
 
 /// Encodes a text from its start: all of it if it is of ordinary size, else enough for `needed` ids.
-fn encode_start(
-    text: &str,
-    special: bool,
-    tokenizer: &ModelTokenizer,
-    needed: usize,
-) -> Result<Vec<u32>, CalibError> {
+fn encode_start(text: &str, special: bool, tokenizer: &ModelTokenizer, needed: usize) -> Result<Vec<u32>, CalibError> {
     encode_within(text, special, tokenizer, needed, WHOLE)
 }
 

@@ -19,11 +19,8 @@ fn write_model(dir: &Path, layers: usize) -> Result<u64, Box<dyn std::error::Err
         "hidden_act": "silu", "tie_word_embeddings": true, "torch_dtype": "bfloat16",
     });
     let spec = DecoderSpec::from_config(config.as_object().ok_or("an object")?)?;
-    let tensors: Vec<OutputTensor> = spec
-        .tensors()
-        .into_iter()
-        .map(|t| OutputTensor { name: t.name, dtype: Dtype::BF16, shape: t.shape })
-        .collect();
+    let tensors: Vec<OutputTensor> =
+        spec.tensors().into_iter().map(|t| OutputTensor { name: t.name, dtype: Dtype::BF16, shape: t.shape }).collect();
     let writer = CheckpointWriter::create(dir, tensors.clone(), 1 << 40)?;
     let mut state = 1u64;
     for tensor in &tensors {

@@ -267,7 +267,7 @@ pub(crate) struct CalibArgs {
     #[arg(long)]
     pub(crate) seed: Option<u64>,
 
-    /// Windows per forward pass [default: about 4096 tokens]
+    /// Windows per forward pass [default: about 2048 tokens]
     #[arg(long, value_name = "N")]
     pub(crate) batch_size: Option<usize>,
 }
@@ -372,7 +372,9 @@ mod tests {
 
     #[test]
     fn sizes_are_read() {
-        for (text, wanted) in [("5GB", 5_000_000_000), ("500 MB", 500_000_000), ("2GiB", 2 << 30), ("123", 123), ("1.5k", 1500)] {
+        for (text, wanted) in
+            [("5GB", 5_000_000_000), ("500 MB", 500_000_000), ("2GiB", 2 << 30), ("123", 123), ("1.5k", 1500)]
+        {
             assert_eq!(bytes(text), Ok(wanted), "{text}");
         }
         for bad in ["", "GB", "-5GB", "5XB", "0", "1e30TB"] {

@@ -104,7 +104,11 @@ fn worst_layers(out: &mut impl Write, report: &RunReport) -> io::Result<()> {
         let mut layers = comparison.layers.clone();
         layers.sort_by(|a, b| b.own.total_cmp(&a.own));
         let shown = layers.len().min(WORST);
-        writeln!(out, "  layers, worst first ({shown} of {}): relative error of the layer's own output; gathered so far; worst linear", layers.len())?;
+        writeln!(
+            out,
+            "  layers, worst first ({shown} of {}): relative error of the layer's own output; gathered so far; worst linear",
+            layers.len()
+        )?;
         for layer in &layers[..shown] {
             let linear = worst_linear
                 .get(&layer.block)
@@ -128,8 +132,11 @@ pub(crate) fn report_json(report: &RunReport) -> Value {
                "kl_p99": s.kl_p99, "kl_max": s.kl_max, "top1": s.top1, "perplexity_original": s.perplexity_original,
                "perplexity_quantized": s.perplexity_quantized, "layers": layers})
     });
-    let linears: Vec<Value> =
-        report.sites.iter().map(|s| json!({"module": s.module, "layer": s.block, "relative_error": s.error, "fallback": s.fallback})).collect();
+    let linears: Vec<Value> = report
+        .sites
+        .iter()
+        .map(|s| json!({"module": s.module, "layer": s.block, "relative_error": s.error, "fallback": s.fallback}))
+        .collect();
     json!({"event": "summary", "schema": 1, "output": report.output, "layout": report.layout, "bits_per_weight": report.bits_per_weight,
            "source_bytes": report.source_bytes, "output_bytes": report.output_bytes, "calibration": report.calibration,
            "linears_checked": report.check.linears, "tensors_checked": report.check.plain, "comparison": comparison,
@@ -195,11 +202,28 @@ pub(crate) fn plan(out: &mut impl Write, plan: &Plan, checkpoint: &Checkpoint, f
             row.action
         )?;
     }
-    writeln!(out, "  {:<58} {:>16} {:>5} {:>10} {:>10}", "all", "", plan.tensors.len(), size(plan.source_bytes), size(plan.output_bytes))?;
+    writeln!(
+        out,
+        "  {:<58} {:>16} {:>5} {:>10} {:>10}",
+        "all",
+        "",
+        plan.tensors.len(),
+        size(plan.source_bytes),
+        size(plan.output_bytes)
+    )?;
     let memory = &plan.memory;
-    writeln!(out, "\n  memory   about {} at the peak: block {}, Grams {}, hidden states {}{}, activations {}, solving {}, final check {}",
-        mib(memory.peak()), mib(memory.block), mib(memory.grams), mib(memory.hidden),
-        if memory.spooled { " (in a file)" } else { "" }, mib(memory.activations), mib(memory.solve), mib(memory.check))?;
+    writeln!(
+        out,
+        "\n  memory   about {} at the peak: block {}, Grams {}, hidden states {}{}, activations {}, solving {}, final check {}",
+        mib(memory.peak()),
+        mib(memory.block),
+        mib(memory.grams),
+        mib(memory.hidden),
+        if memory.spooled { " (in a file)" } else { "" },
+        mib(memory.activations),
+        mib(memory.solve),
+        mib(memory.check)
+    )?;
     let free = plan.disk_free.map_or(String::new(), |free| format!(", {} are free", size(free)));
     writeln!(out, "  disk     {}{free}", size(plan.disk_bytes))?;
     let work = &plan.work;
@@ -218,7 +242,9 @@ pub(crate) fn plan(out: &mut impl Write, plan: &Plan, checkpoint: &Checkpoint, f
     )?;
     match plan.windows {
         0 => writeln!(out, "  data     none")?,
-        windows => writeln!(out, "  data     {windows} windows of {} tokens, {} per forward pass", plan.seqlen, plan.batch)?,
+        windows => {
+            writeln!(out, "  data     {windows} windows of {} tokens, {} per forward pass", plan.seqlen, plan.batch)?
+        }
     }
     writeln!(out, "  engines")?;
     for (target, verdict) in &plan.engines {
@@ -257,7 +283,8 @@ fn grouped(plan: &Plan, checkpoint: &Checkpoint) -> Vec<Group> {
     for row in &plan.tensors {
         let info = checkpoint.info(&row.source);
         let shape = info.map_or(String::new(), |i| format!("{:?}", i.shape));
-        let pattern = row.source.split('.').map(|p| if p.parse::<u32>().is_ok() { "*" } else { p }).collect::<Vec<_>>().join(".");
+        let pattern =
+            row.source.split('.').map(|p| if p.parse::<u32>().is_ok() { "*" } else { p }).collect::<Vec<_>>().join(".");
         let action = action_word(row);
         let (before, after) = (info.map_or(0, |i| i.bytes), row.outputs.iter().map(OutputTensor::bytes).sum());
         match groups.iter_mut().find(|g| g.pattern == pattern && g.shape == shape && g.action == action) {
@@ -288,8 +315,11 @@ pub(crate) fn plan_json(plan: &Plan) -> Value {
         .tensors
         .iter()
         .map(|row| {
-            let outputs: Vec<Value> =
-                row.outputs.iter().map(|o| json!({"name": o.name, "dtype": format!("{:?}", o.dtype), "shape": o.shape})).collect();
+            let outputs: Vec<Value> = row
+                .outputs
+                .iter()
+                .map(|o| json!({"name": o.name, "dtype": format!("{:?}", o.dtype), "shape": o.shape}))
+                .collect();
             json!({"source": row.source, "action": action_word(row), "outputs": outputs})
         })
         .collect();

@@ -146,7 +146,10 @@ impl Progress {
             Event::Tuned { block, before, after, kept } => {
                 let change = 100.0 * (after / before - 1.0);
                 let kept = if *kept { "" } else { ", not kept" };
-                self.say(&format!("layer {}: tuning changed the block's held-out error by {change:+.1} %{kept}", block + 1));
+                self.say(&format!(
+                    "layer {}: tuning changed the block's held-out error by {change:+.1} %{kept}",
+                    block + 1
+                ));
             }
             Event::LayerDone { block, of, error, seconds } => {
                 self.layers.set(self.layers.get() + seconds);
@@ -166,7 +169,9 @@ impl Progress {
 /// One event as a JSON line. Steps of the check are too many to be of use.
 fn as_json(event: &Event<'_>) -> Option<Value> {
     Some(match event {
-        Event::Download { file, done, total } => json!({"event": "download", "file": file, "done": done, "total": total}),
+        Event::Download { file, done, total } => {
+            json!({"event": "download", "file": file, "done": done, "total": total})
+        }
         Event::Planned(plan) => crate::output::plan_json(plan),
         Event::PlannedStatistics(plan) => crate::output::statistics_plan_json(plan),
         Event::Calibration { windows, seqlen, source, digest } => {

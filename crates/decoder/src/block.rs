@@ -133,6 +133,20 @@ impl Block {
     /// # Errors
     /// If `x` or `rope` do not fit, the device fails, or the tap does.
     pub fn forward<T: Tap>(&self, x: &Tensor, rope: &Rope, tap: &mut T) -> Result<Tensor, DecoderError> {
+        let (residual, middle) = self.to_last_input(x, rope, tap)?;
+        Ok(self.after_mlp(&residual, &middle)?.reshape(x.dims3()?)?)
+    }
+
+    /// [`Block::forward`] up to the input of its last linear: all that a tap sees, without the output.
+    ///
+    /// # Errors
+    /// As [`Block::forward`].
+    pub fn observe<T: Tap>(&self, x: &Tensor, rope: &Rope, tap: &mut T) -> Result<(), DecoderError> {
+        self.to_last_input(x, rope, tap).map(drop)
+    }
+
+    /// The residual stream before the last linear, and that linear's input.
+    fn to_last_input<T: Tap>(&self, x: &Tensor, rope: &Rope, tap: &mut T) -> Result<(Tensor, Tensor), DecoderError> {
         let shape = self.check_input(x, rope)?;
         let at = |stream| InputId { block: self.spec.index, stream };
         let residual = x.reshape((shape.0 * shape.1, shape.2))?.contiguous()?;
@@ -145,7 +159,7 @@ impl Block {
         tap.input(at(Stream::MlpIn), &normed)?;
         let middle = self.mlp_mid(&normed)?;
         tap.input(at(Stream::MlpMid), &middle)?;
-        Ok(self.after_mlp(&residual, &middle)?.reshape(shape)?)
+        Ok((residual, middle))
     }
 
     fn check_input(&self, x: &Tensor, rope: &Rope) -> Result<(usize, usize, usize), DecoderError> {

@@ -31,7 +31,8 @@ pub(crate) struct Sink<'a> {
 impl Sink<'_> {
     /// The reports, in the order of the plan.
     pub(crate) fn into_reports(mut self, plan: &Plan) -> Vec<SiteReport> {
-        let report = |site: &QuantSite| self.reports.remove(&site.module).unwrap_or_else(|| SiteReport::new(site, None, None));
+        let report =
+            |site: &QuantSite| self.reports.remove(&site.module).unwrap_or_else(|| SiteReport::new(site, None, None));
         plan.sites.iter().map(report).collect()
     }
 }
@@ -98,7 +99,7 @@ impl Runner<'_> {
             // The last block's outputs feed nothing.
             if index + 1 < pass.spec.blocks.len() {
                 clock.step(index, "propagate");
-                self.each_batch(&mut hidden, pass, &block, &mut NoTap, true)?;
+                self.propagate(&mut hidden, pass, &block)?;
             }
             clock.done(index, &errors);
         }
@@ -134,7 +135,12 @@ impl Runner<'_> {
     }
 
     /// Reads a block and lets go of its pages.
-    pub(crate) fn load_block(&self, pass: &Pass<'_>, source: &ModelSource<'_>, index: usize) -> Result<Block, JobError> {
+    pub(crate) fn load_block(
+        &self,
+        pass: &Pass<'_>,
+        source: &ModelSource<'_>,
+        index: usize,
+    ) -> Result<Block, JobError> {
         let block = Block::load(pass.spec, index, source, &self.plan.device)?;
         let names: Vec<String> =
             pass.spec.tensors().into_iter().filter(|t| t.block == Some(index)).map(|t| t.name).collect();
@@ -153,7 +159,7 @@ impl Runner<'_> {
         clock: &LayerClock<'_>,
     ) -> Result<(BlockStats, Folded), JobError> {
         let mut tap = StatsTap::new(block_spec);
-        self.each_batch(hidden, pass, block, &mut tap, false)?;
+        self.observe(hidden, pass, block, &mut tap)?;
         let stats = tap.finish()?;
         if self.plan.folds[block_spec.index].is_empty() {
             return Ok((stats, Folded::default()));
@@ -235,26 +241,38 @@ impl Runner<'_> {
     }
 
     /// `(count, tokens, width)` of the windows from `first` on.
-    pub(crate) fn windows(&self, store: &HiddenStates, first: usize, count: usize, width: usize) -> Result<Tensor, JobError> {
+    pub(crate) fn windows(
+        &self,
+        store: &HiddenStates,
+        first: usize,
+        count: usize,
+        width: usize,
+    ) -> Result<Tensor, JobError> {
         tensor(store.read(first, count)?, &[count, self.plan.seqlen, width], &self.plan.device)
     }
 
-    /// Runs all windows through `block`; `keep` replaces the hidden states by the outputs.
-    pub(crate) fn each_batch<T: Tap>(
+    /// Shows `tap` the inputs of all linears of `block`, for all windows.
+    fn observe(
         &self,
-        hidden: &mut HiddenStates,
+        hidden: &HiddenStates,
         pass: &Pass<'_>,
         block: &Block,
-        tap: &mut T,
-        keep: bool,
+        tap: &mut impl Tap,
     ) -> Result<(), JobError> {
         for (first, count) in self.batches(hidden.windows()) {
             self.go_on()?;
+            block.observe(&self.windows(hidden, first, count, pass.spec.hidden)?, &pass.rope, tap)?;
+        }
+        Ok(())
+    }
+
+    /// Replaces the hidden states of all windows by what `block` makes of them.
+    pub(crate) fn propagate(&self, hidden: &mut HiddenStates, pass: &Pass<'_>, block: &Block) -> Result<(), JobError> {
+        for (first, count) in self.batches(hidden.windows()) {
+            self.go_on()?;
             let x = self.windows(hidden, first, count, pass.spec.hidden)?;
-            let y = block.forward(&x, &pass.rope, tap)?;
-            if keep {
-                with_cpu_slice(&y, |values| hidden.write(first, values))??;
-            }
+            let y = block.forward(&x, &pass.rope, &mut NoTap)?;
+            with_cpu_slice(&y, |values| hidden.write(first, values))??;
         }
         Ok(())
     }

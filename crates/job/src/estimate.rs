@@ -87,9 +87,8 @@ impl Costs<'_> {
 
     /// Bytes for a run that keeps hidden states in memory.
     pub(crate) fn memory(&self) -> MemoryEstimate {
-        let weights = |sites: &[&QuantSite]| -> u64 {
-            sites.iter().map(|s| s.out_features as u64 * s.in_features as u64).sum()
-        };
+        let weights =
+            |sites: &[&QuantSite]| -> u64 { sites.iter().map(|s| s.out_features as u64 * s.in_features as u64).sum() };
         let block = self.by_block().values().map(|sites| weights(sites)).max().unwrap_or(0);
         let largest = self.sites.iter().map(|s| s.out_features as u64 * s.in_features as u64).max().unwrap_or(0);
         let calibrated = self.windows > 0;
@@ -125,7 +124,8 @@ impl Costs<'_> {
         // The factor, its order and two copies on the way to it; the float target.
         let solve = solve + if solves && calibrated { widest * widest * 16 + largest * 8 } else { 0 };
         // Two streams, and what each keeps between attention and o.
-        let heads = self.blocks.iter().flat_map(|b| b.site(lite_decoder::Role::O)).map(|s| s.in_features).max().unwrap_or(0);
+        let heads =
+            self.blocks.iter().flat_map(|b| b.site(lite_decoder::Role::O)).map(|s| s.in_features).max().unwrap_or(0);
         let stores = match (self.solver.error_aware, self.solver.tune) {
             (false, _) => self.hidden,
             (true, false) => 2 * (self.hidden + heads),

@@ -15,10 +15,9 @@ use sha2::{Digest, Sha256};
 
 use crate::estimate::{Costs, MemoryEstimate};
 use crate::hidden::HiddenStates;
-use crate::plan::{
-    architecture, batch_size, calibration_shape, device, fit_disk, fit_memory, known_decoder, plain_dtype,
-    refuse_quantized,
-};
+use crate::limits::{batch_size, calibration_shape, device, fit_disk, fit_memory};
+use crate::plan::{known_decoder, refuse_quantized};
+use crate::rows::{architecture, plain_dtype};
 use crate::run::{LayerClock, calibration_windows};
 use crate::source::ModelSource;
 use crate::statistics::{Facts, Statistics, inputs, tensors, write_input};

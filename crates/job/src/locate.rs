@@ -16,7 +16,9 @@ use crate::{ErrorKind, Event, JobError, Observer, Recipe};
 /// [`JobError::Hub`]; [`JobError::Interrupted`] once `cancel` is set.
 pub fn locate_model(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) -> Result<PathBuf, JobError> {
     if recipe.model.is_empty() {
-        return Err(JobError::Usage("the model name is empty: give a folder with config.json, or `org/name`".to_owned()));
+        return Err(JobError::Usage(
+            "the model name is empty: give a folder with config.json, or `org/name`".to_owned(),
+        ));
     }
     let options = options(recipe)?;
     with_progress(observer, cancel, |progress| resolve_model(&recipe.model, &options, progress)).map_err(|error| {
@@ -179,8 +181,10 @@ pub(crate) fn hub_error_kind(error: &HubError) -> ErrorKind {
         HubErrorKind::Input => ErrorKind::Input,
         HubErrorKind::Space => ErrorKind::Resources,
         HubErrorKind::Cancelled => ErrorKind::Interrupted,
-        HubErrorKind::Io | HubErrorKind::Network | HubErrorKind::Auth | HubErrorKind::NotFound | HubErrorKind::Offline => {
-            ErrorKind::Io
-        }
+        HubErrorKind::Io
+        | HubErrorKind::Network
+        | HubErrorKind::Auth
+        | HubErrorKind::NotFound
+        | HubErrorKind::Offline => ErrorKind::Io,
     }
 }

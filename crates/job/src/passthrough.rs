@@ -94,7 +94,8 @@ mod tests {
 
     #[test]
     fn nan_and_inf_are_counted_in_every_float_type() {
-        let f16: Vec<u8> = [half::f16::INFINITY, half::f16::MAX, half::f16::NAN].iter().flat_map(|v| v.to_le_bytes()).collect();
+        let f16: Vec<u8> =
+            [half::f16::INFINITY, half::f16::MAX, half::f16::NAN].iter().flat_map(|v| v.to_le_bytes()).collect();
         assert_eq!(count_not_finite(&f16, Dtype::F16), 2);
         let bf16: Vec<u8> = [half::bf16::NEG_INFINITY, half::bf16::MAX].iter().flat_map(|v| v.to_le_bytes()).collect();
         assert_eq!(count_not_finite(&bf16, Dtype::BF16), 1);

@@ -41,8 +41,9 @@ fn changed(scheme: &Scheme, rule: &Override) -> Result<Scheme, JobError> {
 }
 
 fn compile(flag: &str, pattern: &str, sites: &[QuantSite]) -> Result<Regex, JobError> {
-    let regex = Regex::new(pattern)
-        .map_err(|error| JobError::Usage(format!("{flag} `{}` is no regular expression: {error}", printable(pattern))))?;
+    let regex = Regex::new(pattern).map_err(|error| {
+        JobError::Usage(format!("{flag} `{}` is no regular expression: {error}", printable(pattern)))
+    })?;
     if sites.iter().any(|site| regex.is_match(&site.module)) {
         return Ok(regex);
     }
@@ -56,7 +57,8 @@ fn compile(flag: &str, pattern: &str, sites: &[QuantSite]) -> Result<Regex, JobE
 
 /// The module names that share most with a pattern: by the longest run of characters in common.
 fn nearest(pattern: &str, sites: &[QuantSite]) -> Vec<String> {
-    let mut names: Vec<(usize, &str)> = sites.iter().map(|s| (longest_common(pattern, &s.module), s.module.as_str())).collect();
+    let mut names: Vec<(usize, &str)> =
+        sites.iter().map(|s| (longest_common(pattern, &s.module), s.module.as_str())).collect();
     names.sort_by_key(|(common, _)| std::cmp::Reverse(*common));
     names.iter().take(4).map(|(_, name)| format!("`{}`", printable(name))).collect()
 }

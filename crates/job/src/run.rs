@@ -14,7 +14,8 @@ use crate::layer::round_plain;
 use crate::passthrough::{count_not_finite, encode, not_finite};
 use crate::workdir::WorkDir;
 use crate::{
-    Action, CalibSettings, CheckReport, Event, HubFetcher, JobError, Observer, Plan, Recipe, SiteReport, locate_model, prepare,
+    Action, CalibSettings, CheckReport, Event, HubFetcher, JobError, Observer, Plan, Recipe, SiteReport, locate_model,
+    prepare,
 };
 
 /// What a finished run did.
@@ -65,7 +66,8 @@ pub fn run(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) -> Res
     let texts = Texts::load(recipe, &plan, observer, cancel)?;
     let (work, remains) = WorkDir::open(&recipe.work_dir, Some(checkpoint.root()), recipe.overwrite)?;
     if remains {
-        observer.event(Event::Note("an earlier run did not finish here; its remains were cleared and the run starts over"));
+        observer
+            .event(Event::Note("an earlier run did not finish here; its remains were cleared and the run starts over"));
     }
     let result = Runner { recipe, plan: &plan, checkpoint: &checkpoint, observer, cancel, work: &work }.produce(&texts);
     let (sites, check) = match result {
@@ -117,7 +119,13 @@ impl Texts {
                 if dataset.as_ref().is_some_and(|name| std::path::Path::new(name).exists()) {
                     // A path says little of the text in it.
                     let calib = CalibSettings { dataset, seed: statistics.seed(), ..recipe.calib.clone() };
-                    statistics.check_text(&calibration_windows(&calib, plan.windows, plan.seqlen, &tokenizer, &fetcher)?)?;
+                    statistics.check_text(&calibration_windows(
+                        &calib,
+                        plan.windows,
+                        plan.seqlen,
+                        &tokenizer,
+                        &fetcher,
+                    )?)?;
                 }
                 None
             }
@@ -183,7 +191,9 @@ impl Runner<'_> {
         let mut expected = Expected::default();
         self.write_plain(&writer, &mut expected)?;
         let sites = match (&self.plan.spec, &self.plan.statistics, &texts.calibration) {
-            (Some(spec), Some(statistics), _) => self.solve_from_statistics(spec, statistics, &writer, &mut expected)?,
+            (Some(spec), Some(statistics), _) => {
+                self.solve_from_statistics(spec, statistics, &writer, &mut expected)?
+            }
             (Some(spec), None, Some(windows)) => self.calibrated(spec, windows, &writer, &mut expected)?,
             _ => self.data_free(&writer, &mut expected)?,
         };

@@ -9,7 +9,7 @@
 use std::sync::atomic::Ordering;
 
 use candle_core::Tensor;
-use lite_decoder::{Block, InputId, NoTap, Stream, with_cpu_slice};
+use lite_decoder::{Block, InputId, Stream, with_cpu_slice};
 use lite_stats::CrossStats;
 use lite_tune::{Side, TuneData, TuneError, TuneLinear, TuneSettings, tune_block};
 
@@ -93,7 +93,8 @@ impl Runner<'_> {
         for stream in [Stream::AttnIn, Stream::AttnOut, Stream::MlpIn, Stream::MlpMid] {
             clock.step(index, "calibrate");
             let input = InputId { block: index, stream };
-            let sites = groups.iter().find(|(id, _)| *id == input).map(|(_, sites)| sites.as_slice()).unwrap_or_default();
+            let sites =
+                groups.iter().find(|(id, _)| *id == input).map(|(_, sites)| sites.as_slice()).unwrap_or_default();
             let mut stats = sites.first().map(|site| CrossStats::new(site.in_features));
             for (first, count) in self.batches(windows) {
                 self.go_on()?;
@@ -132,7 +133,7 @@ impl Runner<'_> {
             // All linears may have moved: the whole block runs again on what it was fed.
             quantized.residual = before;
             clock.step(index, "propagate");
-            self.each_batch(&mut quantized.residual, pass, &coded, &mut NoTap, true)?;
+            self.propagate(&mut quantized.residual, pass, &coded)?;
             return Ok(done);
         }
         clock.step(index, "propagate");
@@ -198,7 +199,10 @@ impl Runner<'_> {
                 heads
             }
             Stream::MlpIn => {
-                let kept = lane.heads.as_ref().ok_or_else(|| JobError::Input("the heads' outputs were not kept".to_owned()))?;
+                let kept = lane
+                    .heads
+                    .as_ref()
+                    .ok_or_else(|| JobError::Input("the heads' outputs were not kept".to_owned()))?;
                 let heads = self.rows(kept, at.first, at.count, at.heads)?;
                 let residual = block.after_attn(&residual, &heads)?;
                 keep(&mut lane.residual, at.first, &residual)?;

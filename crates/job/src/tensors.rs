@@ -100,7 +100,10 @@ pub(crate) fn guess_sites(checkpoint: &Checkpoint, scheme: Scheme) -> Vec<QuantS
 /// N of `….layers.N.…`, `….h.N.…` or `….blocks.N.…`.
 fn block_number(module: &str) -> Option<usize> {
     let parts: Vec<&str> = module.split('.').collect();
-    parts.windows(2).find(|pair| matches!(pair[0], "layers" | "h" | "blocks" | "layer")).and_then(|pair| pair[1].parse().ok())
+    parts
+        .windows(2)
+        .find(|pair| matches!(pair[0], "layers" | "h" | "blocks" | "layer"))
+        .and_then(|pair| pair[1].parse().ok())
 }
 
 /// Engines fuse q, k, v and gate, up; siblings must agree.

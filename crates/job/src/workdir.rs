@@ -247,7 +247,10 @@ mod tests {
         fs::create_dir(&full).unwrap();
         fs::write(full.join("thesis.txt"), "x").unwrap();
         assert!(usage(WorkDir::check(&full, Some(&model), false)));
-        assert!(usage(WorkDir::check(&full, Some(&model), true)), "--overwrite never takes a folder that is no checkpoint");
+        assert!(
+            usage(WorkDir::check(&full, Some(&model), true)),
+            "--overwrite never takes a folder that is no checkpoint"
+        );
         fs::write(full.join("config.json"), "{}").unwrap();
         assert!(usage(WorkDir::check(&full, Some(&model), false)));
         WorkDir::check(&full, Some(&model), true).unwrap();

@@ -30,9 +30,11 @@ impl QuantizedLinear {
         let groups = self.scheme.groups(self.in_features)?;
         let weights = self.out_features.saturating_mul(self.in_features);
         let params = self.out_features.saturating_mul(groups);
-        for (what, found, wanted) in
-            [("codes", self.codes.len(), weights), ("scales", self.scales.len(), params), ("zeros", self.zeros.len(), params)]
-        {
+        for (what, found, wanted) in [
+            ("codes", self.codes.len(), weights),
+            ("scales", self.scales.len(), params),
+            ("zeros", self.zeros.len(), params),
+        ] {
             if found != wanted {
                 return Err(QuantError::Length { what, found, wanted });
             }

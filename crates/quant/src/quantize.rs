@@ -203,10 +203,17 @@ mod tests {
         let scheme = Scheme::new(4, 64, false, ScaleDtype::F16).unwrap();
         let mut weight = vec![0.5; 4 * 128];
         let run = |weight: &[f32], k| {
-            quantize_nearest(&RangeContext { weight, out_features: 4, in_features: k, gram: None }, &scheme, Range::MinMax)
+            quantize_nearest(
+                &RangeContext { weight, out_features: 4, in_features: k, gram: None },
+                &scheme,
+                Range::MinMax,
+            )
         };
         assert!(run(&weight, 128).is_ok());
-        assert!(matches!(run(&weight[..4 * 100], 100), Err(QuantError::NotDivisible { in_features: 100, group_size: 64 })));
+        assert!(matches!(
+            run(&weight[..4 * 100], 100),
+            Err(QuantError::NotDivisible { in_features: 100, group_size: 64 })
+        ));
         assert!(matches!(run(&weight[1..], 128), Err(QuantError::Length { .. })));
         weight[130] = f32::NAN;
         assert_eq!(run(&weight, 128), Err(QuantError::NotFinite { count: 1, row: 1, column: 2 }));

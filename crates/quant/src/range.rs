@@ -91,7 +91,9 @@ pub(crate) fn search_group(
             }
             None => errors,
         };
-        for (loss, (d, m)) in losses.iter_mut().zip(errors.chunks_exact(tile_width).zip(weighted.chunks_exact(tile_width))) {
+        for (loss, (d, m)) in
+            losses.iter_mut().zip(errors.chunks_exact(tile_width).zip(weighted.chunks_exact(tile_width)))
+        {
             *loss += f64::from(dot(d, m));
         }
     }

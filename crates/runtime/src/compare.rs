@@ -67,7 +67,8 @@ pub fn compare(
     let window_values = seqlen * spec.hidden;
     let mut layers = Vec::with_capacity(spec.blocks.len());
     for index in 0..spec.blocks.len() {
-        let step = |done| if progress("layers", done, spec.blocks.len()) { Ok(()) } else { Err(RuntimeError::Interrupted) };
+        let step =
+            |done| if progress("layers", done, spec.blocks.len()) { Ok(()) } else { Err(RuntimeError::Interrupted) };
         step(index)?;
         let block = Block::load(spec, index, original, device)?;
         let coded_block = Block::load(spec, index, quantized, device)?;

@@ -11,7 +11,7 @@ mod error;
 mod reopen;
 mod stream;
 
-pub use compare::{Comparison, CompareProgress, LayerError, compare};
+pub use compare::{CompareProgress, Comparison, LayerError, compare};
 pub use divergence::{Divergence, DivergenceSummary, TokenScore};
 pub use error::RuntimeError;
 pub use reopen::{QuantizedCheckpoint, QuantizedSource};

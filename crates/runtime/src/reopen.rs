@@ -45,7 +45,9 @@ impl QuantizedCheckpoint {
 
     /// Whether `module` is stored packed.
     pub fn is_packed(&self, module: &str) -> bool {
-        let has = |suffix: &&str| *suffix != "bias" && *suffix != "weight" && self.checkpoint.info(&format!("{module}.{suffix}")).is_some();
+        let has = |suffix: &&str| {
+            *suffix != "bias" && *suffix != "weight" && self.checkpoint.info(&format!("{module}.{suffix}")).is_some()
+        };
         self.layout.suffixes().iter().any(has)
     }
 

@@ -96,6 +96,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     let seconds = start.elapsed().as_secs_f64();
     println!("{seconds:.2} s for {steps} steps of 8 windows, {} threads", rayon::current_num_threads());
     let (before, after) = (outcome.held_out_before, outcome.held_out_after);
-    println!("held-out error {before:.4e} before, {after:.4e} after ({:.1} %)", 100.0 * (after / before - 1.0));
+    println!("held-out error {before:e} before, {after:e} after ({:.1} %)", 100.0 * (after / before - 1.0));
     Ok(())
 }

@@ -14,14 +14,18 @@ pub struct TuneSettings {
     pub lr_scale: f32,
     /// First learning rate of a code's shadow, in code units.
     pub lr_code: f32,
+    /// How far from its solved code a shadow may start, in code units: 0 to below 0.5. A solver such as GPTQ puts
+    /// many codes off their nearest; near 0.5 their shadows would all stand on the edge and the first noisy steps
+    /// would tip them.
+    pub reach: f32,
     /// Chooses the order of the windows.
     pub seed: u64,
 }
 
 impl Default for TuneSettings {
-    /// 100 steps of 8 windows, rates 0.002 (scales) and 0.01 (codes).
+    /// 100 steps of 8 windows, rates 0.002 (scales) and 0.01 (codes), shadows within 0.15 of their codes.
     fn default() -> Self {
-        Self { steps: 100, windows_per_step: 8, lr_scale: 2e-3, lr_code: 0.01, seed: 0 }
+        Self { steps: 100, windows_per_step: 8, lr_scale: 2e-3, lr_code: 0.01, reach: 0.15, seed: 0 }
     }
 }
 
@@ -34,6 +38,10 @@ impl TuneSettings {
         if self.windows_per_step == 0 {
             let found = self.windows_per_step.to_string();
             return Err(TuneError::Setting { name: "windows_per_step", found, wanted: "at least 1" });
+        }
+        if !(0.0..0.5).contains(&self.reach) {
+            let found = self.reach.to_string();
+            return Err(TuneError::Setting { name: "reach", found, wanted: "a number from 0 to below 0.5" });
         }
         for (name, rate) in [("lr_scale", self.lr_scale), ("lr_code", self.lr_code)] {
             if !(0.0..=1.0).contains(&rate) {

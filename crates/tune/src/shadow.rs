@@ -9,8 +9,8 @@ use rayon::prelude::*;
 
 use crate::simd::{simd_fn, sum_by};
 
-/// A shadow stays this close to its code at the start, so that the first weights are the solved ones, and this
-/// close to the ends of the grid, so that it can always come back.
+/// A shadow stays this close to the ends of the grid, so that it can always come back; and to its code at the start, so
+/// that the first weights are the solved ones.
 const INSIDE: f32 = 0.499;
 
 /// Adam's decay rates and ε.
@@ -72,16 +72,18 @@ pub(crate) struct Shadow {
 }
 
 impl Shadow {
-    /// Starts at a solved linear; `target` `[N, K]` is what it was solved for. Both were checked.
-    pub(crate) fn new(solved: QuantizedLinear, mut target: Vec<f32>) -> Self {
+    /// Starts at a solved linear, shadows at most `reach` from their codes; `target` `[N, K]` is what it was solved
+    /// for. All were checked.
+    pub(crate) fn new(solved: QuantizedLinear, mut target: Vec<f32>, reach: f32) -> Self {
         let (k, groups) = (solved.in_features, solved.groups());
         let width = k / groups.max(1);
+        let reach = reach.min(INSIDE);
         let groups_of_target = target.par_chunks_mut(width).zip(solved.codes.par_chunks(width)).enumerate();
         groups_of_target.for_each(|(group, (target, codes))| {
             let (scale, zero) = (solved.scales[group], f32::from(solved.zeros[group]));
             for (value, &code) in target.iter_mut().zip(codes) {
                 let code = f32::from(code);
-                *value = (*value / scale + zero).clamp(code - INSIDE, code + INSIDE);
+                *value = (*value / scale + zero).clamp(code - reach, code + reach);
             }
         });
         let (weights, params) = (target.len(), solved.scales.len());

@@ -49,7 +49,7 @@ pub fn tune_block(
     let before: Vec<(Role, &QuantizedLinear)> = linears.iter().map(|l| (l.role, &l.quantized)).collect();
     let judge = Judge { block, rope, data, first: windows - held_out, hidden: network.hidden };
     let held_out_before = judge.error(&before, cancel)?;
-    let mut tuner = Tuner::new(&mut network, linears);
+    let mut tuner = Tuner::new(&mut network, linears, settings.reach);
     // Nothing to gain, or nothing to do.
     if held_out_before == 0.0 || settings.steps == 0 || tuner.linears.is_empty() {
         let linears = tuner.linears.into_iter().map(|l| unchanged(l.role, l.shadow.into_solved())).collect();
@@ -193,14 +193,14 @@ struct Tuner {
 
 impl Tuner {
     /// Puts the dequantized weights into `network`. The linears were checked against its block.
-    fn new(network: &mut Network, linears: Vec<TuneLinear>) -> Self {
+    fn new(network: &mut Network, linears: Vec<TuneLinear>, reach: f32) -> Self {
         let mut tuned = Vec::new();
         for TuneLinear { role, quantized, target } in linears {
             let Some((stage, rows)) = network.find(role) else { continue };
             let weight = quantized.dequantize();
             let k = quantized.in_features;
             network.stage_mut(stage).weight[rows.start * k..rows.end * k].copy_from_slice(&weight);
-            tuned.push(Tuned { role, stage, rows, shadow: Shadow::new(quantized, target), gradient: weight });
+            tuned.push(Tuned { role, stage, rows, shadow: Shadow::new(quantized, target, reach), gradient: weight });
         }
         let attention = tuned.iter().any(|linear| linear.stage == Stage::Qkv);
         Self { linears: tuned, attention, tape: None }

@@ -164,8 +164,8 @@ fn linears_that_are_not_given_stay_float() {
 
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
-    let case = case("internlm3-bias", 4, false, ScaleDtype::F16);
-    let settings = TuneSettings { steps: 12, ..TuneSettings::default() };
+    let case = case("internlm3-bias", 3, false, ScaleDtype::F16);
+    let settings = TuneSettings::default();
     let run = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| case.tune(&settings).unwrap())
@@ -212,6 +212,7 @@ fn what_does_not_fit_is_refused() {
         TuneSettings { windows_per_step: 0, ..settings },
         TuneSettings { lr_code: f32::NAN, ..settings },
         TuneSettings { lr_scale: -0.1, ..settings },
+        TuneSettings { reach: 0.5, ..settings },
     ] {
         assert!(matches!(good().tune(&bad), Err(TuneError::Setting { .. })));
     }

@@ -3,7 +3,8 @@
 use std::io::Write;
 
 use lite_job::{
-    CalibSettings, DeviceChoice, DtypeChoice, EvalSettings, JobError, Method, Override, Recipe, Rounding, Solver, StatsSource,
+    CalibSettings, DeviceChoice, DtypeChoice, EvalSettings, JobError, Method, Override, Recipe, Rounding, Solver,
+    StatsSource,
 };
 use lite_pack::targets::Target;
 
@@ -107,7 +108,8 @@ fn stats(args: &QuantizeArgs) -> Result<Option<StatsSource>, JobError> {
     let Some(folder) = &args.stats.stats else { return Ok(None) };
     if args.calib.samples() == 0 {
         return Err(JobError::Usage(
-            "--calib-samples 0 quantizes without data, --stats with the data of an earlier run; give one of them".to_owned(),
+            "--calib-samples 0 quantizes without data, --stats with the data of an earlier run; give one of them"
+                .to_owned(),
         ));
     }
     Ok(Some(StatsSource {

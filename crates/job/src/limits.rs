@@ -1,0 +1,179 @@
+//! What fits: windows, batches, memory, disk, device, and settings that cannot be.
+
+use std::path::Path;
+
+use candle_core::Device;
+use lite_decoder::DecoderSpec;
+use lite_model::printable;
+
+use crate::{JobError, MemoryEstimate, QuantSite, Recipe, Rounding};
+
+/// Tokens of a default batch.
+pub(crate) const BATCH_TOKENS: usize = 2048;
+
+/// Longest window of the final check, unless asked for.
+const CHECK_SEQLEN: usize = 512;
+
+/// Calibration windows per forward pass.
+pub(crate) fn batch_size(recipe: &Recipe, seqlen: usize) -> Result<usize, JobError> {
+    match recipe.batch_size {
+        Some(0) => Err(JobError::Usage("--batch-size 0: give at least one window per forward pass".to_owned())),
+        Some(batch) => Ok(batch),
+        None => Ok((BATCH_TOKENS / seqlen.max(1)).max(1)),
+    }
+}
+
+/// Moves hidden states to a file where memory asks for it, and refuses what does not fit even so.
+pub(crate) fn fit_memory(
+    memory: &mut MemoryEstimate,
+    recipe: &Recipe,
+    warnings: &mut Vec<String>,
+) -> Result<(), JobError> {
+    let limit = recipe.max_memory.or_else(crate::workdir::available_memory);
+    if let Some(limit) = limit
+        && memory.peak() > limit
+        && memory.hidden > 0
+    {
+        memory.spooled = true;
+    }
+    if let Some(limit) = recipe.max_memory
+        && memory.peak() > limit
+    {
+        return Err(JobError::Resources(format!(
+            "this run needs about {} of memory even with its hidden states on disk, --max-memory allows {}: lower --batch-size or --calib-seqlen, or raise the limit",
+            mib(memory.peak()),
+            mib(limit)
+        )));
+    }
+    if recipe.max_memory.is_none()
+        && let Some(limit) = limit
+        && memory.peak() > limit
+    {
+        warnings.push(format!("about {} of memory will be needed, {} are free", mib(memory.peak()), mib(limit)));
+    }
+    Ok(())
+}
+
+/// Free bytes on the disk of the work directory, if known; there must be `disk_bytes`.
+pub(crate) fn fit_disk(work_dir: &Path, disk_bytes: u64) -> Result<Option<u64>, JobError> {
+    let disk_free = crate::workdir::nearest_existing(work_dir).and_then(|path| lite_model::free_space(&path));
+    if let Some(free) = disk_free
+        && free < disk_bytes
+    {
+        return Err(JobError::Resources(format!(
+            "the result needs about {} on the disk of `{}`, {} are free: free some space or choose another --work-dir",
+            mib(disk_bytes),
+            work_dir.display(),
+            mib(free)
+        )));
+    }
+    Ok(disk_free)
+}
+
+pub(crate) fn device(recipe: &Recipe) -> Result<Device, JobError> {
+    match recipe.device {
+        crate::DeviceChoice::Cpu | crate::DeviceChoice::Auto => Ok(Device::Cpu),
+        crate::DeviceChoice::Cuda => Err(JobError::Resources(
+            "--device cuda: this build has no CUDA support; use --device cpu, or --device auto to take whatever is there"
+                .to_owned(),
+        )),
+    }
+}
+
+pub(crate) fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+/// Settings of the solver that cannot be.
+pub(crate) fn check_solver(recipe: &Recipe) -> Result<(), JobError> {
+    let solver = &recipe.solver;
+    // Written so that NaN fails.
+    if !(solver.damp > 0.0 && solver.damp <= 1.0) {
+        return Err(JobError::Usage(format!(
+            "--damp-percent {}: give a fraction of the mean Gram diagonal above 0 and at most 1, such as 0.01",
+            solver.damp
+        )));
+    }
+    let nearest = solver.rounding == Rounding::Nearest;
+    if recipe.calib.samples == 0 && !nearest {
+        return Err(JobError::Usage(
+            "--calib-samples 0 leaves nothing to solve with; use --rounding nearest (or --effort fast), or calibrate"
+                .to_owned(),
+        ));
+    }
+    if nearest && (solver.error_aware || solver.tune) {
+        return Err(JobError::Usage(
+            "--rounding nearest takes neither error-aware targets nor block tuning; use --rounding refine".to_owned(),
+        ));
+    }
+    Ok(())
+}
+
+pub(crate) fn check_groups(sites: &[QuantSite]) -> Result<(), JobError> {
+    let bad: Vec<&QuantSite> = sites.iter().filter(|s| s.scheme.group_size.width(s.in_features).is_err()).collect();
+    let Some(first) = bad.first() else { return Ok(()) };
+    let fits: Vec<String> = [256usize, 128, 64, 32, 16]
+        .into_iter()
+        .filter(|g| sites.iter().all(|s| s.in_features % g == 0))
+        .map(|g| g.to_string())
+        .chain(["-1".to_owned()])
+        .collect();
+    Err(JobError::Usage(format!(
+        "group size {} does not divide the {} input features of `{}` ({} of {} linears); this model takes --w-group-size {}",
+        first.scheme.group_size.to_flag(),
+        first.in_features,
+        printable(&first.module),
+        bad.len(),
+        sites.len(),
+        fits.join(", ")
+    )))
+}
+
+/// Number and length of the calibration windows.
+pub(crate) fn calibration_shape(
+    recipe: &Recipe,
+    spec: Option<&DecoderSpec>,
+    notes: &mut Vec<String>,
+) -> Result<(usize, usize), JobError> {
+    const DEFAULT: usize = 2048;
+    if recipe.calib.samples == 0 {
+        return Ok((0, 0));
+    }
+    let longest = spec.map_or(usize::MAX, |spec| spec.max_positions);
+    let seqlen = match recipe.calib.seqlen {
+        None if longest < DEFAULT => {
+            notes.push(format!("windows of {longest} tokens, the model's maximum (the default is {DEFAULT})"));
+            longest
+        }
+        None => DEFAULT,
+        Some(asked) => match usize::try_from(asked) {
+            Ok(seqlen) if (8..=longest).contains(&seqlen) => seqlen,
+            _ => {
+                return Err(JobError::Usage(format!(
+                    "--calib-seqlen {asked}: this model takes 8 to {longest} tokens (max_position_embeddings)"
+                )));
+            }
+        },
+    };
+    Ok((recipe.calib.samples as usize, seqlen))
+}
+
+/// Number and length of the windows of the final check.
+pub(crate) fn check_shape(
+    recipe: &Recipe,
+    spec: Option<&DecoderSpec>,
+    seqlen: usize,
+) -> Result<(usize, usize), JobError> {
+    let Some(spec) = spec else { return Ok((0, 0)) };
+    match recipe.eval.seqlen {
+        Some(asked) if !(8..=spec.max_positions).contains(&asked) => Err(JobError::Usage(format!(
+            "--eval-seqlen {asked}: this model takes 8 to {} tokens (max_position_embeddings)",
+            spec.max_positions
+        ))),
+        Some(asked) => Ok((recipe.eval.windows, asked)),
+        None => {
+            let usual = if seqlen == 0 { CHECK_SEQLEN } else { seqlen.min(CHECK_SEQLEN) };
+            Ok((recipe.eval.windows, usual.min(spec.max_positions)))
+        }
+    }
+}
