@@ -6,9 +6,11 @@ use crate::tokenizer::ModelTokenizer;
 
 /// What stands between two texts.
 pub(crate) const JOIN: &str = "\n\n";
-/// Texts up to this size are tokenised whole; of longer ones only as much as the windows need: tokenising takes
-/// some two hundred bytes of memory per byte of text.
-const WHOLE: usize = 512 << 10;
+/// Of a text, at first this many bytes per token that is needed are tokenised, and twice as much as long as that is
+/// too little: tokenising takes some two hundred bytes of memory per byte of text.
+const BYTES_PER_TOKEN: usize = 5;
+/// Texts up to this size are tokenised whole.
+const WHOLE: usize = 64 << 10;
 /// Tokens dropped where a long text was cut, since they depend on what follows.
 const CUT_MARGIN: usize = 512;
 
@@ -117,9 +119,9 @@ pub(crate) fn rendered(document: &Document, tokenizer: &ModelTokenizer, name: &s
     }
 }
 
-/// Encodes a text from its start: all of it if it is of ordinary size, else enough for `needed` ids.
+/// Encodes a text from its start: all of it if it is short, else enough for `needed` ids.
 fn encode_start(text: &str, special: bool, tokenizer: &ModelTokenizer, needed: usize) -> Result<Vec<u32>, CalibError> {
-    encode_within(text, special, tokenizer, needed, WHOLE)
+    encode_within(text, special, tokenizer, needed, needed.saturating_mul(BYTES_PER_TOKEN).max(WHOLE))
 }
 
 fn encode_within(
