@@ -267,7 +267,7 @@ pub(crate) struct CalibArgs {
     #[arg(long)]
     pub(crate) seed: Option<u64>,
 
-    /// Windows per forward pass [default: about 2048 tokens]
+    /// Windows per forward pass [default: about 1536 tokens]
     #[arg(long, value_name = "N")]
     pub(crate) batch_size: Option<usize>,
 }

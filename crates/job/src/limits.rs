@@ -9,7 +9,7 @@ use lite_model::printable;
 use crate::{JobError, MemoryEstimate, QuantSite, Recipe, Rounding};
 
 /// Tokens of a default batch.
-pub(crate) const BATCH_TOKENS: usize = 2048;
+pub(crate) const BATCH_TOKENS: usize = 1536;
 
 /// Longest window of the final check, unless asked for.
 const CHECK_SEQLEN: usize = 512;

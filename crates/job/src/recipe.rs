@@ -48,7 +48,7 @@ pub struct Recipe {
     pub stats: Option<StatsSource>,
     /// Text of the final check.
     pub eval: EvalSettings,
-    /// Windows per forward pass; by default about 2048 tokens.
+    /// Windows per forward pass; by default about 1536 tokens.
     pub batch_size: Option<usize>,
     /// Where the float blocks run.
     pub device: DeviceChoice,
