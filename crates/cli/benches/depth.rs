@@ -43,7 +43,7 @@ fn write_model(dir: &Path, layers: usize) -> Result<u64, Box<dyn std::error::Err
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    println!("hidden {HIDDEN}, intermediate {INTERMEDIATE}; auto_awq, 16 windows of 512 tokens");
+    println!("hidden {HIDDEN}, intermediate {INTERMEDIATE}; auto_awq --no-search-scale, 4 windows of 512 tokens");
     println!("{:>7} {:>12} {:>12} {:>12} {:>9}", "layers", "model MiB", "planned MiB", "peak MiB", "seconds");
     for layers in [8, 16, 32] {
         let dir = tempfile::tempdir()?;
@@ -55,8 +55,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             .arg(&model)
             .arg("--work-dir")
             .arg(dir.path().join("out"))
-            .args(["--calib-dataset", "random", "--calib-samples", "16", "--calib-seqlen", "512"])
-            .args(["--eval-samples", "2", "--format", "json"])
+            .args(["--calib-dataset", "random", "--calib-samples", "4", "--calib-seqlen", "512"])
+            .args(["--no-search-scale", "--eval-samples", "2", "--format", "json"])
             .output()?;
         let text = String::from_utf8(output.stdout)?;
         let events: Vec<serde_json::Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();

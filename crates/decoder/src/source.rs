@@ -14,6 +14,12 @@ pub trait WeightSource {
     /// Whether there is a tensor `name`.
     fn contains(&self, name: &str) -> bool;
 
+    /// Says that these tensors will not be read again soon, so that their pages need not stay in memory. Does nothing
+    /// by default.
+    fn release(&self, names: &[String]) {
+        let _ = names;
+    }
+
     /// The given rows of a matrix `[rows, width]`, one after the other: `rows.len() · width` values.
     /// The default loads the whole matrix; sources that can seek should not.
     ///
@@ -48,6 +54,10 @@ impl<'a> CheckpointSource<'a> {
 }
 
 impl WeightSource for CheckpointSource<'_> {
+    fn release(&self, names: &[String]) {
+        self.0.release(names.iter().map(String::as_str));
+    }
+
     fn load(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), DecoderError> {
         let values = self.0.tensor_f32(name)?;
         Ok((self.0.tensor(name)?.shape.to_vec(), values))

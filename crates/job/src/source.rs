@@ -34,6 +34,11 @@ pub(crate) fn stored_embedding(checkpoint: &Checkpoint, spec: &DecoderSpec) -> O
 }
 
 impl WeightSource for ModelSource<'_> {
+    fn release(&self, names: &[String]) {
+        let stored: Vec<String> = names.iter().map(|name| self.stored(name).to_owned()).collect();
+        self.inner.release(&stored);
+    }
+
     fn load(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), DecoderError> {
         self.inner.load(self.stored(name))
     }

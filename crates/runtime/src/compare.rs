@@ -66,12 +66,17 @@ pub fn compare(
     let rope = Rope::new(spec, seqlen, device)?;
     let window_values = seqlen * spec.hidden;
     let mut layers = Vec::with_capacity(spec.blocks.len());
+    let tensors = spec.tensors();
     for index in 0..spec.blocks.len() {
         let step =
             |done| if progress("layers", done, spec.blocks.len()) { Ok(()) } else { Err(RuntimeError::Interrupted) };
         step(index)?;
         let block = Block::load(spec, index, original, device)?;
         let coded_block = Block::load(spec, index, quantized, device)?;
+        // Both are copies now; mapped pages of blocks gone by would make memory grow with depth.
+        let names: Vec<String> = tensors.iter().filter(|t| t.block == Some(index)).map(|t| t.name.clone()).collect();
+        original.release(&names);
+        quantized.release(&names);
         let mut sums = ErrorSums::default();
         for (h, q) in float.chunks_mut(batch * window_values).zip(coded.chunks_mut(batch * window_values)) {
             let count = h.len() / window_values;

@@ -94,6 +94,19 @@ impl<'a> QuantizedSource<'a> {
 }
 
 impl WeightSource for QuantizedSource<'_> {
+    fn release(&self, names: &[String]) {
+        for name in names {
+            match self.packed(name) {
+                Some(module) => {
+                    let parts: Vec<String> =
+                        self.quantized.layout.suffixes().iter().map(|suffix| format!("{module}.{suffix}")).collect();
+                    self.plain.release(&parts);
+                }
+                None => self.plain.release(std::slice::from_ref(name)),
+            }
+        }
+    }
+
     fn load(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), DecoderError> {
         let Some(module) = self.packed(name) else { return self.plain.load(name) };
         let Some((n, k)) = (self.shape_of)(module) else {

@@ -53,6 +53,8 @@ pub(crate) fn score(
         let ids: Vec<u32> = (first..(first + SLICE).min(spec.vocab)).map(|id| id as u32).collect();
         let weight = original.rows(&spec.head.weight, &ids)?;
         let coded_weight = quantized.rows(&spec.head.weight, &ids)?;
+        original.release(std::slice::from_ref(&spec.head.weight));
+        quantized.release(std::slice::from_ref(&spec.head.weight));
         let h = spec.hidden;
         for (chunk, tokens) in tokens.chunks_mut(TOKENS).enumerate() {
             let rows = chunk * TOKENS * h..(chunk * TOKENS + tokens.len()) * h;
