@@ -1,10 +1,11 @@
-use lite_quant::{QuantizedLinear, Scheme};
+use lite_quant::{ActivationScheme, InputQuantization, LinearScheme, QuantizedLinear, Scheme, Weights};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
-use crate::config::{boolean, distinct_overrides, integer, names, unsupported};
-use crate::layout::{Layout, PackedTensor, TensorRef, TensorSpec};
+use crate::config::{boolean, distinct_overrides, integer, names, no_kv_cache, unsupported};
+use crate::layout::{Layout, PackedTensor, TensorRef, TensorSpec, Unpacked};
+use crate::schemes::{weight_only, weight_only_linear};
 use crate::tensors::{
     Reader, SCALE_DTYPES, WORD_DTYPES, check_symmetry, check_weight, decode_scales, dtype_of, encode_scales, groups,
     word,
@@ -42,11 +43,13 @@ impl Layout for Awq {
         &["qweight", "scales", "qzeros"]
     }
 
-    fn check(&self, scheme: &Scheme, n: usize, k: usize) -> Result<(), PackError> {
+    fn check(&self, scheme: &LinearScheme, n: usize, k: usize) -> Result<(), PackError> {
+        let scheme = weight_only(NAME, scheme)?;
         check(scheme, n, k).map(|_| ())
     }
 
-    fn describe(&self, scheme: &Scheme, n: usize, k: usize) -> Result<Vec<TensorSpec>, PackError> {
+    fn describe(&self, scheme: &LinearScheme, n: usize, k: usize) -> Result<Vec<TensorSpec>, PackError> {
+        let scheme = weight_only(NAME, scheme)?;
         let g = check(scheme, n, k)?;
         Ok(vec![
             TensorSpec { suffix: "qweight", dtype: Dtype::I32, shape: vec![k, n / PER_WORD] },
@@ -55,9 +58,15 @@ impl Layout for Awq {
         ])
     }
 
-    fn pack(&self, weight: &QuantizedLinear) -> Result<Vec<PackedTensor>, PackError> {
+    fn pack(
+        &self,
+        weights: &Weights,
+        activations: Option<&ActivationScheme>,
+        input: Option<&InputQuantization>,
+    ) -> Result<Vec<PackedTensor>, PackError> {
+        let weight = weight_only_linear(NAME, weights, activations, input)?;
         let (scheme, n, k) = (&weight.scheme, weight.out_features, weight.in_features);
-        let specs = self.describe(scheme, n, k)?;
+        let specs = self.describe(&(*scheme).into(), n, k)?;
         check_weight(weight)?;
         let g = weight.groups();
         let scales = (0..g).flat_map(|group| (0..n).map(move |row| weight.scales[row * g + group]));
@@ -75,11 +84,12 @@ impl Layout for Awq {
 
     fn unpack<'a>(
         &self,
-        scheme: &Scheme,
+        scheme: &LinearScheme,
         n: usize,
         k: usize,
         get: &dyn Fn(&str) -> Option<TensorRef<'a>>,
-    ) -> Result<QuantizedLinear, PackError> {
+    ) -> Result<Unpacked, PackError> {
+        let scheme = weight_only(NAME, scheme)?;
         let g = check(scheme, n, k)?;
         let reader = Reader { layout: NAME, get };
         let qweight = reader.tensor("qweight", WORD_DTYPES, &[k, n / PER_WORD])?;
@@ -88,27 +98,30 @@ impl Layout for Awq {
         let zeros = unpack_words(qzeros.data, n, g);
         check_symmetry("qzeros", scheme, &zeros, g)?;
         let scales = (0..n).flat_map(|row| (0..g).map(move |group| group * n + row)).map(|at| by_group[at]).collect();
-        Ok(QuantizedLinear {
+        let linear = QuantizedLinear {
             scheme: Scheme { scale_dtype, ..*scheme },
             out_features: n,
             in_features: k,
             codes: unpack_words(qweight.data, n, k),
             scales,
             zeros,
-        })
+        };
+        Ok(Weights::Int(linear).into())
     }
 
-    fn mixes(&self, _common: &Scheme, _other: &Scheme) -> Result<(), &'static str> {
+    fn mixes(&self, _common: &LinearScheme, _other: &LinearScheme) -> Result<(), &'static str> {
         Err("its config has one number of bits and one group size for all of them")
     }
 
     fn quantization_config(&self, facts: &ConfigFacts) -> Result<Value, PackError> {
+        let scheme = weight_only(NAME, &facts.scheme)?;
+        no_kv_cache(NAME, facts)?;
         distinct_overrides(self, facts)?;
         let mut config = json!({
             "quant_method": NAME,
             "version": "gemm",
-            "bits": facts.scheme.bits,
-            "group_size": facts.scheme.group_size.to_flag(),
+            "bits": scheme.bits,
+            "group_size": scheme.group_size.to_flag(),
             "zero_point": true,
         });
         if facts.lm_head.is_some() {
@@ -137,7 +150,7 @@ impl Layout for Awq {
         let symmetric = !boolean(config, "", "zero_point", None)?;
         let scheme = Scheme::new(bits, group_size, symmetric, ParsedConfig::UNKNOWN_SCALE_DTYPE)?;
         let ignored = names(config, "", "modules_to_not_convert")?;
-        Ok(ParsedConfig { scheme, ignored, overrides: Vec::new() })
+        Ok(ParsedConfig { ignored, ..ParsedConfig::new(scheme.into()) })
     }
 }
 

@@ -1,15 +1,16 @@
 //! `quantization_config` in `config.json`: what a layout is told to write, and reading it back.
 
-use lite_quant::{ScaleDtype, Scheme};
+use lite_quant::{LinearScheme, ScaleDtype};
 use serde_json::{Map, Value};
 
+use crate::schemes::{same_codes, scale_dtype, with_scale_dtype};
 use crate::{Layout, PackError, all};
 
 /// What a layout needs to know to write its `quantization_config`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigFacts {
     /// The scheme of every quantized linear without an override.
-    pub scheme: Scheme,
+    pub scheme: LinearScheme,
     /// Full module name of **every** linear that is not quantized: the head, routers, vision towers.
     /// Engines match a class name by substring and would take an unlisted one for quantized.
     pub ignored: Vec<String>,
@@ -17,16 +18,28 @@ pub struct ConfigFacts {
     pub lm_head: Option<String>,
     /// Full module names of quantized linears with another scheme than [`scheme`](Self::scheme), and
     /// that scheme. One that differs in the type of its scales only needs no entry.
-    pub overrides: Vec<(String, Scheme)>,
+    pub overrides: Vec<(String, LinearScheme)>,
     /// Whether columns were solved in the order of their activations. They are stored in their own
     /// order all the same, so readers need not know.
     pub act_order: bool,
+    /// How the key/value cache is quantized by the engine, if at all.
+    pub kv_cache: Option<KvCacheScheme>,
+}
+
+/// How an engine quantizes the key/value cache. The scales are tensors of the attention module,
+/// `<attention>.k_scale` and `<attention>.v_scale`, which layouts do not write: `x ≈ code · scale`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KvCacheScheme {
+    /// fp8 e4m3, one scale for all heads, shape `[1]`.
+    Fp8Tensor,
+    /// fp8 e4m3, one scale per key/value head, shape `[heads, 1, 1]`.
+    Fp8Head,
 }
 
 impl ConfigFacts {
     /// Every linear quantized with this scheme, in the order of its columns.
-    pub fn new(scheme: Scheme) -> Self {
-        Self { scheme, ignored: Vec::new(), lm_head: None, overrides: Vec::new(), act_order: false }
+    pub fn new(scheme: LinearScheme) -> Self {
+        Self { scheme, ignored: Vec::new(), lm_head: None, overrides: Vec::new(), act_order: false, kv_cache: None }
     }
 }
 
@@ -34,17 +47,24 @@ impl ConfigFacts {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParsedConfig {
     /// Bits, group size and symmetry. The config does not tell the type of the scales:
-    /// `scale_dtype` is [`ParsedConfig::UNKNOWN_SCALE_DTYPE`] until a layer is unpacked.
-    pub scheme: Scheme,
+    /// it is [`ParsedConfig::UNKNOWN_SCALE_DTYPE`] until a layer is unpacked.
+    pub scheme: LinearScheme,
     /// Module names, or patterns of foreign tools, that are not quantized.
     pub ignored: Vec<String>,
     /// Full module names with another scheme, and that scheme.
-    pub overrides: Vec<(String, Scheme)>,
+    pub overrides: Vec<(String, LinearScheme)>,
+    /// How the key/value cache is quantized, if at all.
+    pub kv_cache: Option<KvCacheScheme>,
 }
 
 impl ParsedConfig {
+    /// One scheme for everything.
+    pub fn new(scheme: LinearScheme) -> Self {
+        Self { scheme, ignored: Vec::new(), overrides: Vec::new(), kv_cache: None }
+    }
+
     /// The scheme of a quantized module.
-    pub fn scheme_of(&self, module: &str) -> &Scheme {
+    pub fn scheme_of(&self, module: &str) -> &LinearScheme {
         self.overrides.iter().find(|(name, _)| name == module).map_or(&self.scheme, |(_, scheme)| scheme)
     }
 
@@ -89,24 +109,32 @@ pub fn detect(config: &Map<String, Value>) -> Result<Option<(&'static dyn Layout
     }
 }
 
-/// Whether a config tells two schemes apart: it does not know the type of scales.
-pub(crate) fn same_codes(a: &Scheme, b: &Scheme) -> bool {
-    Scheme { scale_dtype: b.scale_dtype, ..*a } == *b
-}
-
 /// The overrides that say something, with the common type of scales, if the layout can hold them.
 pub(crate) fn distinct_overrides<'f>(
     layout: &dyn Layout,
     facts: &'f ConfigFacts,
-) -> Result<Vec<(&'f str, Scheme)>, PackError> {
+) -> Result<Vec<(&'f str, LinearScheme)>, PackError> {
     let common = &facts.scheme;
+    let unified = |scheme: &LinearScheme| scale_dtype(common).map_or(*scheme, |dtype| with_scale_dtype(scheme, dtype));
     let distinct = facts.overrides.iter().filter(|(_, scheme)| !same_codes(scheme, common));
     distinct
         .map(|(name, scheme)| match layout.mixes(common, scheme) {
-            Ok(()) => Ok((name.as_str(), Scheme { scale_dtype: common.scale_dtype, ..*scheme })),
+            Ok(()) => Ok((name.as_str(), unified(scheme))),
             Err(why) => Err(PackError::Override { layout: layout.name(), module: name.clone(), why }),
         })
         .collect()
+}
+
+/// Refuses a quantized key/value cache, which the config of this layout cannot describe.
+pub(crate) fn no_kv_cache(layout: &'static str, facts: &ConfigFacts) -> Result<(), PackError> {
+    match facts.kv_cache {
+        None => Ok(()),
+        Some(_) => Err(PackError::Scheme {
+            layout,
+            what: "the scales of a quantized key/value cache",
+            wanted: "none; `compressed-tensors` and `modelopt` have a place for them",
+        }),
+    }
 }
 
 /// `path.key`, or `key` at the top.

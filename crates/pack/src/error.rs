@@ -38,6 +38,24 @@ pub enum PackError {
         /// What the layout takes, in words.
         wanted: &'static str,
     },
+    /// The layout has no room for codes or activations of this kind.
+    #[error("layout `{layout}` cannot hold {what}, it takes {wanted}; choose another scheme or layout")]
+    Scheme {
+        /// The layout.
+        layout: &'static str,
+        /// What was asked for, in words.
+        what: &'static str,
+        /// What the layout takes, in words.
+        wanted: &'static str,
+    },
+    /// Static activations without the scale that calibration finds, or a scale that nothing asks for.
+    #[error("the linear has {found} for its inputs, {wanted}")]
+    Input {
+        /// What was given, in words.
+        found: &'static str,
+        /// What the activation scheme asks for and what to do, in words.
+        wanted: &'static str,
+    },
     /// The layout cannot hold a matrix of this shape.
     #[error(
         "layout `{layout}` cannot hold a weight [{n}, {k}]: {rule}; leave this layer unquantized or use another layout"
@@ -188,12 +206,14 @@ impl PackError {
         match self {
             Self::Quant(QuantError::Bits { .. } | QuantError::GroupSize { .. } | QuantError::NotDivisible { .. })
             | Self::Bits { .. }
+            | Self::Scheme { .. }
             | Self::Shape { .. }
             | Self::Unexpected { .. }
             | Self::PaddedPacking { .. }
             | Self::Override { .. }
             | Self::UnsupportedConfig { .. } => ErrorKind::Unsupported,
             Self::Quant(_)
+            | Self::Input { .. }
             | Self::TooLarge { .. }
             | Self::Missing { .. }
             | Self::Dtype { .. }

@@ -1,10 +1,13 @@
-use lite_quant::{GroupSize, QuantizedLinear, Scheme};
+use lite_quant::{ActivationScheme, GroupSize, InputQuantization, LinearScheme, Weights};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use crate::awq::Awq;
 use crate::compressed_tensors::CompressedTensors;
+use crate::fp8::Fp8;
 use crate::gptq::Gptq;
+use crate::lmdeploy_w8a8::LmdeployW8a8;
+use crate::modelopt::ModelOpt;
 use crate::{ConfigFacts, PackError, ParsedConfig};
 
 /// Name, type and shape of one tensor of a packed linear, known before any maths.
@@ -42,7 +45,22 @@ pub struct TensorRef<'a> {
     pub data: &'a [u8],
 }
 
-/// A way to store a [`QuantizedLinear`] in a checkpoint. N is the number of output features, K of
+/// What the tensors of one linear hold.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Unpacked {
+    /// The weight.
+    pub weights: Weights,
+    /// The scale of its inputs, with static activations.
+    pub input: Option<InputQuantization>,
+}
+
+impl From<Weights> for Unpacked {
+    fn from(weights: Weights) -> Self {
+        Self { weights, input: None }
+    }
+}
+
+/// A way to store a quantized linear in a checkpoint. N is the number of output features, K of
 /// input features, G of groups in a row.
 pub trait Layout: Sync {
     /// The name on the command line.
@@ -57,27 +75,32 @@ pub trait Layout: Sync {
     /// Whether the layout can hold a weight `[n, k]` of this scheme.
     ///
     /// # Errors
-    /// [`PackError::Bits`], [`PackError::Shape`], [`PackError::Quant`] (K is not a whole number of
-    /// groups) or [`PackError::TooLarge`].
-    fn check(&self, scheme: &Scheme, n: usize, k: usize) -> Result<(), PackError>;
+    /// [`PackError::Scheme`], [`PackError::Bits`], [`PackError::Shape`], [`PackError::Quant`] (K is not a
+    /// whole number of groups) or [`PackError::TooLarge`].
+    fn check(&self, scheme: &LinearScheme, n: usize, k: usize) -> Result<(), PackError>;
 
     /// The tensors that [`pack`](Self::pack) makes, in the same order.
     ///
     /// # Errors
     /// As [`check`](Self::check).
-    fn describe(&self, scheme: &Scheme, n: usize, k: usize) -> Result<Vec<TensorSpec>, PackError>;
+    fn describe(&self, scheme: &LinearScheme, n: usize, k: usize) -> Result<Vec<TensorSpec>, PackError>;
 
-    /// Packs codes, scales and zero points. Rows are packed in parallel; the bytes do not depend on
+    /// Packs codes, scales and zero points, and the scale of the inputs where `activations` are static. Rows are packed in parallel; the bytes do not depend on
     /// the number of threads.
     ///
     /// # Errors
-    /// As [`check`](Self::check), and [`PackError::Quant`] or [`PackError::Value`] if the weight breaks
-    /// its own invariants: lengths, codes above `2^bits − 1`, zero points of a symmetric scheme that
+    /// As [`check`](Self::check), [`PackError::Input`] if static activations have no `input` or others have
+    /// one, and [`PackError::Quant`] or [`PackError::Value`] if the weight breaks its own invariants: lengths, codes above `2^bits − 1`, zero points of a symmetric scheme that
     /// are not in the middle, scales that are not finite or not representable in the scale type.
-    fn pack(&self, weight: &QuantizedLinear) -> Result<Vec<PackedTensor>, PackError>;
+    fn pack(
+        &self,
+        weights: &Weights,
+        activations: Option<&ActivationScheme>,
+        input: Option<&InputQuantization>,
+    ) -> Result<Vec<PackedTensor>, PackError>;
 
     /// Unpacks a weight `[n, k]` from tensors found by suffix. The scale type of the result is the
-    /// one in the file; `scheme.scale_dtype` is not read.
+    /// one in the file; that of `scheme` is not read.
     ///
     /// # Errors
     /// As [`check`](Self::check), and [`PackError::Missing`], [`PackError::Unexpected`],
@@ -86,17 +109,17 @@ pub trait Layout: Sync {
     /// the suffix.
     fn unpack<'a>(
         &self,
-        scheme: &Scheme,
+        scheme: &LinearScheme,
         n: usize,
         k: usize,
         get: &dyn Fn(&str) -> Option<TensorRef<'a>>,
-    ) -> Result<QuantizedLinear, PackError>;
+    ) -> Result<Unpacked, PackError>;
 
     /// Whether one checkpoint can hold linears of `other` beside those of the `common` scheme.
     ///
     /// # Errors
     /// What is in the way, in words.
-    fn mixes(&self, common: &Scheme, other: &Scheme) -> Result<(), &'static str>;
+    fn mixes(&self, common: &LinearScheme, other: &LinearScheme) -> Result<(), &'static str>;
 
     /// The value of `quantization_config` for `config.json`.
     ///
@@ -136,7 +159,7 @@ impl std::fmt::Debug for dyn Layout {
     }
 }
 
-static LAYOUTS: [&dyn Layout; 3] = [&Awq, &CompressedTensors, &Gptq::WRITTEN];
+static LAYOUTS: [&dyn Layout; 6] = [&Awq, &CompressedTensors, &Gptq::WRITTEN, &LmdeployW8a8, &Fp8, &ModelOpt];
 
 /// Every layout, in the order of the documentation.
 pub fn all() -> &'static [&'static dyn Layout] {
@@ -149,18 +172,18 @@ pub fn layout(name: &str) -> Option<&'static dyn Layout> {
 }
 
 /// The layout for a scheme when no engine is named: `awq` where every engine reads it (4 bits,
-/// groups of 128, asymmetric), else `compressed-tensors`.
-pub fn default_layout(scheme: &Scheme) -> &'static str {
-    if scheme.bits == 4 && scheme.group_size == GroupSize::Channels(128) && !scheme.symmetric {
-        "awq"
-    } else {
-        "compressed-tensors"
+/// groups of 128, asymmetric), else `compressed-tensors`, or
+/// the one that has e5m2.
+pub fn default_layout(scheme: &LinearScheme) -> &'static str {
+    match (scheme.weights.int(), scheme.activations) {
+        (Some(int), None) if int.bits == 4 && int.group_size == GroupSize::Channels(128) && !int.symmetric => "awq",
+        _ => crate::targets::plain_layout(scheme),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use lite_quant::ScaleDtype;
+    use lite_quant::{ScaleDtype, Scheme};
 
     use super::*;
 
@@ -174,7 +197,7 @@ mod tests {
 
     #[test]
     fn awq_is_the_default_only_for_its_native_scheme() {
-        let scheme = |bits, group, symmetric| Scheme::new(bits, group, symmetric, ScaleDtype::F16).unwrap();
+        let scheme = |bits, group, symmetric| Scheme::new(bits, group, symmetric, ScaleDtype::F16).unwrap().into();
         assert_eq!(default_layout(&scheme(4, 128, false)), "awq");
         for other in [scheme(4, 128, true), scheme(4, 64, false), scheme(8, 128, false), scheme(4, -1, false)] {
             assert_eq!(default_layout(&other), "compressed-tensors", "{other:?}");

@@ -72,7 +72,7 @@ pub(crate) fn check_symmetry(
     }
 }
 
-fn value(what: &'static str, found: String, at: usize, width: usize, wanted: String) -> PackError {
+pub(crate) fn value(what: &'static str, found: String, at: usize, width: usize, wanted: String) -> PackError {
     PackError::Value { what, found, row: at / width, column: at % width, wanted }
 }
 
@@ -127,13 +127,24 @@ impl<'a> Reader<'_, 'a> {
         dtypes: Dtypes,
         shape: &[usize],
     ) -> Result<TensorRef<'a>, PackError> {
+        self.tensor_of(suffix, dtypes, &[shape])
+    }
+
+    /// The tensor, with one of `dtypes`, one of these shapes and as many bytes as that takes.
+    pub(crate) fn tensor_of(
+        &self,
+        suffix: &'static str,
+        dtypes: Dtypes,
+        shapes: &[impl AsRef<[usize]>],
+    ) -> Result<TensorRef<'a>, PackError> {
         let tensor = (self.get)(suffix).ok_or(PackError::Missing { layout: self.layout, suffix })?;
         if !dtypes.0.contains(&tensor.dtype) {
             return Err(PackError::Dtype { suffix, found: tensor.dtype, wanted: dtypes.1 });
         }
-        if tensor.shape != shape {
-            return Err(PackError::TensorShape { suffix, found: tensor.shape.to_vec(), wanted: shape.to_vec() });
-        }
+        let Some(shape) = shapes.iter().map(AsRef::as_ref).find(|shape| *shape == tensor.shape) else {
+            let wanted = shapes.first().map(|shape| shape.as_ref().to_vec()).unwrap_or_default();
+            return Err(PackError::TensorShape { suffix, found: tensor.shape.to_vec(), wanted });
+        };
         // `shape` is ours, checked by `groups`; saturation can only make the comparison fail.
         let wanted = shape.iter().fold(tensor.dtype.bitsize() / 8, |bytes, &dim| bytes.saturating_mul(dim));
         if tensor.data.len() != wanted {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use lite_pack::{ConfigFacts, TensorRef, detect, layout};
-use lite_quant::{GroupSize, QuantizedLinear, ScaleDtype, Scheme};
+use lite_quant::{GroupSize, LinearScheme, QuantizedLinear, ScaleDtype, Scheme, Weights};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
 
@@ -59,7 +59,7 @@ fn written_and_read(name: &str, count: usize) {
             zeros: zeros.data().to_vec(),
         };
 
-        let packed = layout.pack(&weight).unwrap();
+        let packed = layout.pack(&weight.clone().into(), None, None).unwrap();
         for tensor in &packed {
             let wanted = get(tensor.suffix).unwrap_or_else(|| panic!("{case}: no {}", tensor.suffix));
             assert_eq!((tensor.dtype, &*tensor.shape), (wanted.dtype(), wanted.shape()), "{case} {}", tensor.suffix);
@@ -73,8 +73,8 @@ fn written_and_read(name: &str, count: usize) {
         let lookup = |suffix: &str| {
             views.get(suffix).map(|view| TensorRef { dtype: view.dtype(), shape: view.shape(), data: view.data() })
         };
-        let back = layout.unpack(&scheme, weight.out_features, weight.in_features, &lookup).unwrap();
-        assert_eq!(back, weight, "{case}");
+        let back = layout.unpack(&scheme.into(), weight.out_features, weight.in_features, &lookup).unwrap();
+        assert_eq!(back, Weights::Int(weight).into(), "{case}");
     }
 }
 
@@ -82,7 +82,7 @@ fn facts(bits: i64, group: i64, symmetric: bool, ignored: &[&str], lm_head: Opti
     ConfigFacts {
         ignored: ignored.iter().map(|&name| name.to_owned()).collect(),
         lm_head: lm_head.map(str::to_owned),
-        ..ConfigFacts::new(scheme(bits, group, symmetric))
+        ..ConfigFacts::new(scheme(bits, group, symmetric).into())
     }
 }
 
@@ -91,7 +91,10 @@ fn scheme(bits: i64, group: i64, symmetric: bool) -> Scheme {
 }
 
 fn with_overrides(facts: ConfigFacts, overrides: &[(&str, Scheme)]) -> ConfigFacts {
-    ConfigFacts { overrides: overrides.iter().map(|(name, scheme)| ((*name).to_owned(), *scheme)).collect(), ..facts }
+    ConfigFacts {
+        overrides: overrides.iter().map(|(name, scheme)| ((*name).to_owned(), (*scheme).into())).collect(),
+        ..facts
+    }
 }
 
 /// `pack_golden.py` and `gptq_golden.py` have the readers parse the same files.
@@ -158,7 +161,7 @@ fn configs_are_the_ones_their_readers_accept() {
             let (found, parsed) = detect(&config).unwrap().unwrap();
             assert_eq!(found.name(), name);
             assert_eq!((parsed.scheme, &parsed.ignored), (facts.scheme, &ignored), "{key}");
-            let sorted = |overrides: &[(String, Scheme)]| overrides.iter().cloned().collect::<BTreeMap<_, _>>();
+            let sorted = |overrides: &[(String, LinearScheme)]| overrides.iter().cloned().collect::<BTreeMap<_, _>>();
             assert_eq!(sorted(&parsed.overrides), sorted(&facts.overrides), "{key}");
             for (module, scheme) in &facts.overrides {
                 assert_eq!(parsed.scheme_of(module), scheme);
@@ -171,7 +174,7 @@ fn configs_are_the_ones_their_readers_accept() {
 #[test]
 fn overrides_that_a_layout_cannot_hold_are_named() {
     let name = "model.layers.0.mlp.down_proj";
-    let mixed = |common: Scheme, other| with_overrides(ConfigFacts::new(common), &[(name, other)]);
+    let mixed = |common: Scheme, other| with_overrides(ConfigFacts::new(common.into()), &[(name, other)]);
     let refused = |layout_name: &str, facts: &ConfigFacts| {
         let error = layout(layout_name).unwrap().quantization_config(facts).unwrap_err();
         assert_eq!(error.kind().exit_code(), 4);
@@ -183,7 +186,7 @@ fn overrides_that_a_layout_cannot_hold_are_named() {
     assert!(layout("gptq").unwrap().side_files(&both).is_err());
     // The same scheme, or one that differs in what no config tells, is no override.
     let same = Scheme { scale_dtype: ScaleDtype::BF16, ..scheme(4, 128, false) };
-    for layout in lite_pack::all() {
+    for layout in ["awq", "compressed-tensors", "gptq"].map(|name| layout(name).unwrap()) {
         let facts = mixed(scheme(4, 128, false), same);
         let alone = ConfigFacts::new(facts.scheme);
         assert_eq!(layout.quantization_config(&facts).unwrap(), layout.quantization_config(&alone).unwrap());
@@ -248,10 +251,10 @@ fn plain_and_foreign_configs_are_told_apart() {
         (ct(&[("/kv_cache_scheme", json!({ "num_bits": 8 }))]), 4, "kv_cache_scheme"),
         (ct(&[("/config_groups", json!({}))]), 4, "config_groups"),
         (ct(&[("/config_groups", json!([1]))]), 3, "config_groups"),
-        (ct(&[(&format!("{group}/format"), json!("int-quantized"))]), 4, "config_groups.group_0.format"),
+        (ct(&[(&format!("{group}/format"), json!("nvfp4-pack-quantized"))]), 4, "config_groups.group_0.format"),
         (ct(&[(&format!("{group}/format"), json!(null)), ("/format", json!("dense"))]), 4, "`format`"),
-        (ct(&[(&format!("{group}/input_activations"), json!({ "num_bits": 8 }))]), 4, "input_activations"),
-        (ct(&[(&weights("type"), json!("float"))]), 4, "type"),
+        (ct(&[(&format!("{group}/input_activations"), json!({ "num_bits": 3 }))]), 4, "input_activations"),
+        (ct(&[(&weights("type"), json!("float"))]), 4, "symmetric"),
         (ct(&[(&weights("actorder"), json!("group"))]), 4, "actorder"),
         (ct(&[(&weights("strategy"), json!("block"))]), 4, "strategy"),
         (ct(&[(&weights("group_size"), json!(-5))]), 3, "group_size"),

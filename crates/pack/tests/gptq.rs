@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 
 use lite_pack::{ErrorKind, Layout, PackError, PackedTensor, TensorRef, detect, layout};
-use lite_quant::{QuantizedLinear, ScaleDtype, Scheme};
+use lite_quant::{QuantizedLinear, ScaleDtype, Scheme, Weights};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
@@ -39,7 +39,10 @@ fn read(layout: &dyn Layout, scheme: &Scheme, tensors: &[PackedTensor]) -> Resul
         let tensor = tensors.iter().find(|tensor| tensor.suffix == suffix)?;
         Some(TensorRef { dtype: tensor.dtype, shape: &tensor.shape, data: &tensor.data })
     };
-    layout.unpack(scheme, N, K, &get)
+    match layout.unpack(&(*scheme).into(), N, K, &get)?.weights {
+        Weights::Int(linear) => Ok(linear),
+        Weights::Float(_) => unreachable!("an integer scheme"),
+    }
 }
 
 /// The layout that a config of this label asks for.
@@ -60,10 +63,10 @@ fn symmetric_zero_points_are_read_by_value() {
     for bits in [2, 3, 4, 8] {
         let scheme = scheme(bits, true);
         let wanted = weight(scheme, |_, _| scheme.middle_code());
-        let v1 = layout("gptq").unwrap().pack(&wanted).unwrap();
+        let v1 = layout("gptq").unwrap().pack(&wanted.clone().into(), None, None).unwrap();
         // The zero points of v2 are those of an asymmetric weight, which are stored as they are.
         let asymmetric = QuantizedLinear { scheme: Scheme { symmetric: false, ..scheme }, ..wanted.clone() };
-        let v2 = layout("gptq").unwrap().pack(&asymmetric).unwrap();
+        let v2 = layout("gptq").unwrap().pack(&asymmetric.clone().into(), None, None).unwrap();
         assert_ne!(v1[1], v2[1]);
         if bits == 4 {
             let all = |tensors: &[PackedTensor], byte| tensors[1].data.iter().all(|found| *found == byte);
@@ -89,7 +92,7 @@ fn asymmetric_zero_points_are_read_by_label_unless_it_is_impossible() {
         let max = scheme.max_code();
         // Below the largest, so that both readings are possible.
         let low = weight(scheme, |row, group| ((row * 5 + group) % usize::from(max)) as u8);
-        let packed = layout("gptq").unwrap().pack(&low).unwrap();
+        let packed = layout("gptq").unwrap().pack(&low.clone().into(), None, None).unwrap();
         assert_eq!(read(labelled(&scheme, json!("gptq_v2")), &scheme, &packed).unwrap(), low);
         let plus_one = QuantizedLinear { zeros: low.zeros.iter().map(|zero| zero + 1).collect(), ..low };
         assert_eq!(read(labelled(&scheme, json!("gptq")), &scheme, &packed).unwrap(), plus_one);
@@ -98,7 +101,7 @@ fn asymmetric_zero_points_are_read_by_label_unless_it_is_impossible() {
         assert_eq!(error.kind(), ErrorKind::Input);
 
         let high = weight(scheme, |row, group| if (row, group) == (3, 1) { max } else { 0 });
-        let packed = layout("gptq").unwrap().pack(&high).unwrap();
+        let packed = layout("gptq").unwrap().pack(&high.clone().into(), None, None).unwrap();
         assert_eq!(read(labelled(&scheme, json!("gptq_v2")), &scheme, &packed).unwrap(), high);
         let error = read(labelled(&scheme, json!("gptq")), &scheme, &packed).unwrap_err();
         assert!(matches!(error, PackError::AmbiguousZeros { .. }), "{error}");
@@ -109,7 +112,7 @@ fn asymmetric_zero_points_are_read_by_label_unless_it_is_impossible() {
 #[test]
 fn columns_out_of_order_are_refused() {
     let scheme = scheme(4, true);
-    let packed = layout("gptq").unwrap().pack(&weight(scheme, |_, _| 8)).unwrap();
+    let packed = layout("gptq").unwrap().pack(&weight(scheme, |_, _| 8).into(), None, None).unwrap();
     let with = |g_idx: &dyn Fn(usize) -> i32| {
         let mut changed = packed.clone();
         tensor(&mut changed, "g_idx").data = (0..K).flat_map(|column| g_idx(column).to_le_bytes()).collect();
@@ -154,7 +157,7 @@ fn autogptq_published_outputs() {
         };
         let k = tensors[3].1.shape()[0];
         let n = tensors[0].1.shape()[1];
-        let linear = labelled(&scheme, json!("gptq")).unpack(&scheme, n, k, &get).unwrap();
+        let linear = labelled(&scheme, json!("gptq")).unpack(&scheme.into(), n, k, &get).unwrap().weights;
         let dense = linear.dequantize();
         let wanted = floats("dequant_weight_in_out");
         for row in 0..n {

@@ -1,10 +1,15 @@
 //! Every weight comes back from every layout that takes it, and no damaged tensor gets through or
 //! brings the reader down.
 
-use lite_pack::{ErrorKind, PackError, PackedTensor, TensorRef, all, layout};
-use lite_quant::{GroupSize, QuantizedLinear, ScaleDtype, Scheme};
+use lite_pack::{ErrorKind, Layout, PackError, PackedTensor, TensorRef, layout};
+use lite_quant::{GroupSize, QuantizedLinear, ScaleDtype, Scheme, Weights};
 use proptest::prelude::*;
 use safetensors::Dtype;
+
+/// The layouts of integers alone; `small_floats.rs` has the others.
+fn integer_layouts() -> [&'static dyn Layout; 3] {
+    ["awq", "compressed-tensors", "gptq"].map(|name| layout(name).unwrap())
+}
 
 fn scale_dtypes() -> impl Strategy<Value = ScaleDtype> {
     prop_oneof![Just(ScaleDtype::F16), Just(ScaleDtype::BF16), Just(ScaleDtype::F32)]
@@ -50,7 +55,7 @@ proptest! {
 
     #[test]
     fn unpacking_a_packed_weight_gives_it_back(weight in weights(), wide in 1usize..20) {
-        for layout in all() {
+        for layout in integer_layouts() {
             // Every case should reach every layout that can hold its kind of scheme.
             let mut weight = weight.clone();
             if layout.name() == "awq" {
@@ -66,8 +71,8 @@ proptest! {
                 weight = self::weight(scheme, 32 * (1 + wide % 4), k, wide as u64);
             }
             let QuantizedLinear { scheme, out_features: n, in_features: k, .. } = weight;
-            let specs = layout.describe(&scheme, n, k).unwrap();
-            let packed = layout.pack(&weight).unwrap();
+            let specs = layout.describe(&scheme.into(), n, k).unwrap();
+            let packed = layout.pack(&weight.clone().into(), None, None).unwrap();
             prop_assert_eq!(specs.len(), packed.len());
             for (spec, tensor) in specs.iter().zip(&packed) {
                 prop_assert_eq!((spec.suffix, spec.dtype, &spec.shape), (tensor.suffix, tensor.dtype, &tensor.shape));
@@ -76,22 +81,22 @@ proptest! {
                 prop_assert_eq!(tensor.data.len(), bytes);
             }
             let blank = Scheme { scale_dtype: ScaleDtype::F32, ..scheme };
-            let back = layout.unpack(&blank, n, k, &lookup(&packed)).unwrap();
-            prop_assert_eq!(back, weight, "{}", layout.name());
+            let back = layout.unpack(&blank.into(), n, k, &lookup(&packed)).unwrap();
+            prop_assert_eq!(back, Weights::Int(weight).into(), "{}", layout.name());
         }
     }
 
     /// One byte short, one dimension off, another type, or gone: an error that names the tensor.
     #[test]
     fn damaged_tensors_are_named(which in any::<prop::sample::Index>(), damage in 0..4, bits in 2u8..=8) {
-        for layout in all() {
+        for layout in integer_layouts() {
             let bits = match layout.name() {
                 "awq" => 4,
                 "gptq" => [2, 3, 4, 8][usize::from(bits) % 4],
                 _ => bits,
             };
             let scheme = scheme(bits, false);
-            let mut packed = layout.pack(&weight(scheme, 32, 96, 7)).unwrap();
+            let mut packed = layout.pack(&weight(scheme, 32, 96, 7).into(), None, None).unwrap();
             let at = which.index(packed.len());
             let suffix = packed[at].suffix;
             match damage {
@@ -100,7 +105,7 @@ proptest! {
                 2 => packed[at].dtype = Dtype::U8,
                 _ => { packed.remove(at); }
             }
-            let error = layout.unpack(&scheme, 32, 96, &lookup(&packed)).unwrap_err();
+            let error = layout.unpack(&scheme.into(), 32, 96, &lookup(&packed)).unwrap_err();
             prop_assert!(error.to_string().contains(&format!("`{suffix}`")), "{}", error);
             prop_assert_eq!(error.kind(), ErrorKind::Input);
         }
@@ -118,10 +123,10 @@ proptest! {
         let group_size = if group % 3 == 0 { GroupSize::Channel } else { GroupSize::Channels(group % 50) };
         let scheme = Scheme { bits: bits % 12, group_size, symmetric, scale_dtype: ScaleDtype::F16 };
         let dtype = [Dtype::I32, Dtype::F16, Dtype::I64, Dtype::F32, Dtype::F4][dtype];
-        for layout in all() {
+        for layout in integer_layouts() {
             let get = |_: &str| Some(TensorRef { dtype, shape: &shape, data: &data });
-            prop_assert!(layout.unpack(&scheme, n, k, &get).is_err());
-            prop_assert_eq!(layout.check(&scheme, n, k).is_ok(), layout.describe(&scheme, n, k).is_ok());
+            prop_assert!(layout.unpack(&scheme.into(), n, k, &get).is_err());
+            prop_assert_eq!(layout.check(&scheme.into(), n, k).is_ok(), layout.describe(&scheme.into(), n, k).is_ok());
         }
     }
 }
@@ -133,21 +138,27 @@ fn scheme(bits: u8, symmetric: bool) -> Scheme {
 #[test]
 fn layouts_refuse_what_they_cannot_hold() {
     let (awq, ct) = (layout("awq").unwrap(), layout("compressed-tensors").unwrap());
-    assert!(matches!(awq.check(&scheme(8, false), 16, 32), Err(PackError::Bits { found: 8, .. })));
-    assert!(matches!(awq.check(&scheme(4, false), 12, 32), Err(PackError::Shape { .. })));
-    assert!(matches!(ct.check(&scheme(9, false), 16, 32), Err(PackError::Bits { found: 9, .. })));
-    assert!(ct.check(&scheme(4, true), 13, 32).is_ok());
+    assert!(matches!(awq.check(&scheme(8, false).into(), 16, 32), Err(PackError::Bits { found: 8, .. })));
+    assert!(matches!(awq.check(&scheme(4, false).into(), 12, 32), Err(PackError::Shape { .. })));
+    assert!(matches!(ct.check(&scheme(9, false).into(), 16, 32), Err(PackError::Bits { found: 9, .. })));
+    assert!(ct.check(&scheme(4, true).into(), 13, 32).is_ok());
     let gptq = layout("gptq").unwrap();
     for bits in 2..=8 {
-        let found = gptq.check(&scheme(bits, true), 32, 64);
+        let found = gptq.check(&scheme(bits, true).into(), 32, 64);
         assert_eq!(matches!(found, Err(PackError::Bits { .. })), matches!(bits, 5..=7), "{bits}");
     }
-    assert!(matches!(gptq.check(&scheme(4, true), 40, 64), Err(PackError::Shape { .. })));
-    assert!(matches!(gptq.check(&scheme(4, true), 32, 48), Err(PackError::Shape { .. })));
-    for layout in all() {
-        assert!(matches!(layout.check(&scheme(4, false), 16, 40), Err(PackError::Quant(_))), "K is not whole groups");
-        assert!(matches!(layout.check(&scheme(4, false), 0, 32), Err(PackError::Shape { .. })));
-        assert!(matches!(layout.check(&scheme(4, false), usize::MAX / 8 * 8, 32), Err(PackError::TooLarge { .. })));
+    assert!(matches!(gptq.check(&scheme(4, true).into(), 40, 64), Err(PackError::Shape { .. })));
+    assert!(matches!(gptq.check(&scheme(4, true).into(), 32, 48), Err(PackError::Shape { .. })));
+    for layout in integer_layouts() {
+        assert!(
+            matches!(layout.check(&scheme(4, false).into(), 16, 40), Err(PackError::Quant(_))),
+            "K is not whole groups"
+        );
+        assert!(matches!(layout.check(&scheme(4, false).into(), 0, 32), Err(PackError::Shape { .. })));
+        assert!(matches!(
+            layout.check(&scheme(4, false).into(), usize::MAX / 8 * 8, 32),
+            Err(PackError::TooLarge { .. })
+        ));
     }
 }
 
@@ -162,11 +173,11 @@ fn a_weight_that_breaks_its_invariants_is_not_packed() {
         ("scales", false, |weight| weight.scales[3] = 0.1),
         ("codes", false, |weight| weight.codes.truncate(7)),
     ];
-    for layout in all() {
+    for layout in integer_layouts() {
         for (what, symmetric, breaks) in cases {
             let mut weight = weight(scheme(4, symmetric), 32, 32, 5);
             breaks(&mut weight);
-            let error = layout.pack(&weight).unwrap_err();
+            let error = layout.pack(&weight.clone().into(), None, None).unwrap_err();
             assert!(error.to_string().contains(what), "{error}");
             assert_eq!(error.kind(), ErrorKind::Input, "{error}");
         }
@@ -178,31 +189,31 @@ fn values_in_a_file_are_checked() {
     // A NaN scale, at row 1 of the file.
     for (layout, suffix) in [("awq", "scales"), ("gptq", "scales"), ("compressed-tensors", "weight_scale")] {
         let layout = layout_of(layout);
-        let mut packed = layout.pack(&weight(scheme(4, false), 32, 32, 1)).unwrap();
+        let mut packed = layout.pack(&weight(scheme(4, false), 32, 32, 1).into(), None, None).unwrap();
         let scales = packed.iter_mut().find(|tensor| tensor.suffix == suffix).unwrap();
         let row = scales.data.len() / scales.shape[0];
         scales.data[row..row + 2].copy_from_slice(&[0xff, 0x7e]);
-        let error = layout.unpack(&scheme(4, false), 32, 32, &lookup(&packed)).unwrap_err();
+        let error = layout.unpack(&scheme(4, false).into(), 32, 32, &lookup(&packed)).unwrap_err();
         assert!(matches!(error, PackError::Value { what, row: 1, column: 0, .. } if what == suffix), "{error}");
     }
     // Asymmetric zero points where the config says symmetric.
-    let awq = layout_of("awq").pack(&weight(scheme(4, false), 8, 32, 1)).unwrap();
-    let error = layout_of("awq").unpack(&scheme(4, true), 8, 32, &lookup(&awq)).unwrap_err();
+    let awq = layout_of("awq").pack(&weight(scheme(4, false), 8, 32, 1).into(), None, None).unwrap();
+    let error = layout_of("awq").unpack(&scheme(4, true).into(), 8, 32, &lookup(&awq)).unwrap_err();
     assert!(error.to_string().contains("`qzeros`"), "{error}");
     let ct = layout_of("compressed-tensors");
-    let mut packed = ct.pack(&weight(scheme(4, false), 8, 32, 1)).unwrap();
-    let error = ct.unpack(&scheme(4, true), 8, 32, &lookup(&packed)).unwrap_err();
+    let mut packed = ct.pack(&weight(scheme(4, false), 8, 32, 1).into(), None, None).unwrap();
+    let error = ct.unpack(&scheme(4, true).into(), 8, 32, &lookup(&packed)).unwrap_err();
     assert!(matches!(error, PackError::Unexpected { suffix: "weight_zero_point", .. }), "{error}");
     // A shape that says otherwise, and the 32-bit one of old releases.
     let shape = packed.len() - 1;
     packed[shape].data[0] = 9;
-    let error = ct.unpack(&scheme(4, false), 8, 32, &lookup(&packed)).unwrap_err();
+    let error = ct.unpack(&scheme(4, false).into(), 8, 32, &lookup(&packed)).unwrap_err();
     assert!(error.to_string().contains("`weight_shape` is 9"), "{error}");
     packed[shape].data = [8i32, 32].iter().flat_map(|dim| dim.to_le_bytes()).collect();
     packed[shape].dtype = Dtype::I32;
-    assert!(ct.unpack(&scheme(4, false), 8, 32, &lookup(&packed)).is_ok());
+    assert!(ct.unpack(&scheme(4, false).into(), 8, 32, &lookup(&packed)).is_ok());
     packed.push(PackedTensor { suffix: "weight_g_idx", dtype: Dtype::I32, shape: vec![32], data: vec![0; 128] });
-    let error = ct.unpack(&scheme(4, false), 8, 32, &lookup(&packed)).unwrap_err();
+    let error = ct.unpack(&scheme(4, false).into(), 8, 32, &lookup(&packed)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
 }
 

@@ -43,4 +43,22 @@ pub enum QuantError {
         /// Column of the first.
         column: usize,
     },
+    /// NaN or Inf in activations.
+    #[error(
+        "the activations hold {count} values that are NaN or Inf, the first in token {token}, channel {channel}; check the model in float first"
+    )]
+    ActivationNotFinite {
+        /// How many.
+        count: usize,
+        /// Token of the first.
+        token: usize,
+        /// Channel of the first.
+        channel: usize,
+    },
+    /// An activation scheme that no engine runs, or static parameters that are missing or unusable.
+    #[error("activations cannot be quantized with {what}")]
+    Activation {
+        /// What is wrong, and what was wanted.
+        what: String,
+    },
 }

@@ -6,14 +6,18 @@
 //! `zero = 2^(bits−1)` for symmetric schemes. Layouts translate to their own conventions.
 #![forbid(unsafe_code)]
 
+mod activation;
 mod error;
+pub mod floats;
 mod grid;
 mod linear;
 mod metrics;
 mod quantize;
 mod range;
 mod scheme;
+mod weights;
 
+pub use activation::{StaticRange, fake_quantize_tokens};
 pub use error::QuantError;
 pub use grid::{GroupGrid, grid_for_range, nearest_code};
 pub use linear::QuantizedLinear;
@@ -21,3 +25,6 @@ pub use metrics::{gram_loss, gram_loss_rows, relative_error};
 pub use quantize::{Range, RangeContext, quantize_nearest};
 pub use range::{SHRINK_STEPS, shrink_factor};
 pub use scheme::{GroupSize, ScaleDtype, Scheme};
+pub use weights::{
+    ActivationFormat, ActivationScale, ActivationScheme, InputQuantization, LinearScheme, WeightScheme, Weights,
+};

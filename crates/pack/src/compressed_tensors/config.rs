@@ -2,16 +2,19 @@
 
 use std::collections::BTreeSet;
 
-use lite_quant::{GroupSize, Scheme};
+use lite_quant::LinearScheme;
 use serde_json::{Map, Value, json};
 
+use super::args;
+use super::format::{Format, check_scheme};
 use super::{CompressedTensors, NAME};
-use crate::config::{boolean, distinct_overrides, integer, join, missing, names, object, unsupported, wrong};
+use crate::config::{distinct_overrides, join, missing, names, object, unsupported};
 use crate::{ConfigFacts, PackError, ParsedConfig};
 
-const FORMAT: &str = "pack-quantized";
 /// The release whose format is written; readers only look at it in messages.
 const VERSION: &str = "0.19.0";
+/// `format` where groups have several.
+const MIXED: &str = "mixed-precision";
 /// The class that the common group targets.
 const LINEAR: &str = "Linear";
 
@@ -22,11 +25,13 @@ const LINEAR: &str = "Linear";
 /// `find_matched_target`), but compressed-tensors warns of names that come after a class that matches
 /// too. TurboMind reads `group_0` only, by its name.
 pub(super) fn write(layout: &CompressedTensors, facts: &ConfigFacts) -> Result<Value, PackError> {
+    check_scheme(&facts.scheme)?;
     let overrides = distinct_overrides(layout, facts)?;
+    overrides.iter().try_for_each(|(_, scheme)| check_scheme(scheme))?;
     // vLLM's head is not a `Linear`: it is quantized only if named.
     let head = facts.lm_head.as_deref().filter(|head| overrides.iter().all(|(name, _)| name != head));
     let targets: Vec<&str> = std::iter::once(LINEAR).chain(head).collect();
-    let mut by_scheme: Vec<(Scheme, Vec<&str>)> = vec![(facts.scheme, targets)];
+    let mut by_scheme: Vec<(LinearScheme, Vec<&str>)> = vec![(facts.scheme, targets)];
     for (name, scheme) in overrides {
         match by_scheme.iter_mut().skip(1).find(|(known, _)| *known == scheme) {
             Some((_, names)) => names.push(name),
@@ -39,12 +44,17 @@ pub(super) fn write(layout: &CompressedTensors, facts: &ConfigFacts) -> Result<V
         .into_iter()
         .map(|(i, (scheme, targets))| (format!("group_{i}"), group(scheme, targets, facts.act_order)))
         .collect();
+    let formats: BTreeSet<Format> = by_scheme.iter().map(|(scheme, _)| Format::of(scheme)).collect();
+    let format = match formats.first() {
+        Some(only) if formats.len() == 1 => only.name(),
+        _ => MIXED,
+    };
     Ok(json!({
         "config_groups": groups,
-        "format": FORMAT,
+        "format": format,
         "global_compression_ratio": null,
         "ignore": facts.ignored,
-        "kv_cache_scheme": null,
+        "kv_cache_scheme": facts.kv_cache.map(args::kv_cache),
         "quant_method": NAME,
         "quantization_status": "compressed",
         "sparsity_config": {},
@@ -53,28 +63,13 @@ pub(super) fn write(layout: &CompressedTensors, facts: &ConfigFacts) -> Result<V
     }))
 }
 
-fn group(scheme: &Scheme, targets: &[&str], act_order: bool) -> Value {
-    let (strategy, group_size) = match scheme.group_size {
-        GroupSize::Channel => ("channel", Value::Null),
-        GroupSize::Channels(width) => ("group", json!(width)),
-    };
+fn group(scheme: &LinearScheme, targets: &[&str], act_order: bool) -> Value {
     json!({
-        "format": FORMAT,
-        "input_activations": null,
+        "format": Format::of(scheme).name(),
+        "input_activations": scheme.activations.as_ref().map(args::activations),
         "output_activations": null,
         "targets": targets,
-        "weights": {
-            "actorder": act_order.then_some("static"),
-            "block_structure": null,
-            "dynamic": false,
-            "group_size": group_size,
-            "num_bits": scheme.bits,
-            "observer": null,
-            "observer_kwargs": {},
-            "strategy": strategy,
-            "symmetric": scheme.symmetric,
-            "type": "int",
-        },
+        "weights": args::weights(&scheme.weights, act_order),
     })
 }
 
@@ -86,9 +81,13 @@ pub(super) fn parse(config: &Map<String, Value>) -> Result<ParsedConfig, PackErr
         Some(Value::String(status)) if status == "compressed" => {}
         Some(other) => return Err(unsupported("quantization_status", other, "\"compressed\"")),
     }
-    for key in ["kv_cache_scheme", "sparsity_config", "transform_config"] {
+    for key in ["sparsity_config", "transform_config"] {
         nothing(config, "", key)?;
     }
+    let kv_cache = match config.get("kv_cache_scheme") {
+        None | Some(Value::Null) => None,
+        Some(_) => Some(args::parse_kv_cache(object(config, "", "kv_cache_scheme")?, "kv_cache_scheme")?),
+    };
     let mut groups = Vec::new();
     for (name, group) in object(config, "", "config_groups")? {
         let path = join("config_groups", name);
@@ -99,10 +98,10 @@ pub(super) fn parse(config: &Map<String, Value>) -> Result<ParsedConfig, PackErr
     }
     let ignored = names(config, "", "ignore")?;
     if let [(scheme, ..)] = groups[..] {
-        return Ok(ParsedConfig { scheme, ignored, overrides: Vec::new() });
+        return Ok(ParsedConfig { ignored, kv_cache, ..ParsedConfig::new(scheme) });
     }
     let mut common = None;
-    let (mut named, mut seen) = (Vec::<(String, Scheme)>::new(), BTreeSet::new());
+    let (mut named, mut seen) = (Vec::<(String, LinearScheme)>::new(), BTreeSet::new());
     for (scheme, group, path) in &groups {
         let key = join(path, "targets");
         for target in names(group, path, "targets")? {
@@ -123,65 +122,33 @@ pub(super) fn parse(config: &Map<String, Value>) -> Result<ParsedConfig, PackErr
         return Err(unsupported("config_groups", &found, "one group, or several of which one targets \"Linear\""));
     };
     named.retain(|(_, other)| *other != scheme);
-    Ok(ParsedConfig { scheme, ignored, overrides: named })
+    Ok(ParsedConfig { scheme, ignored, overrides: named, kv_cache })
 }
 
-/// Reads a group: weights only, packed.
-fn parse_group(config: &Map<String, Value>, group: &Map<String, Value>, path: &str) -> Result<Scheme, PackError> {
-    for key in ["input_activations", "output_activations"] {
-        nothing(group, path, key)?;
-    }
+/// Reads a group.
+fn parse_group(config: &Map<String, Value>, group: &Map<String, Value>, path: &str) -> Result<LinearScheme, PackError> {
+    nothing(group, path, "output_activations")?;
+    let activations = match group.get("input_activations") {
+        None | Some(Value::Null) => None,
+        Some(_) => {
+            let args = object(group, path, "input_activations")?;
+            Some(args::parse_activations(args, &join(path, "input_activations"))?)
+        }
+    };
+    let weights = args::parse_weights(object(group, path, "weights")?, &join(path, "weights"))?;
+    let scheme = LinearScheme { weights, activations };
+    check_scheme(&scheme)?;
     // A group's own format wins over the common one.
     let common = config.get("format").map(|format| ("format".to_owned(), format));
     let own = group.get("format").filter(|own| !own.is_null()).map(|own| (join(path, "format"), own));
     match own.or(common) {
-        Some((_, Value::String(format))) if format == FORMAT => {}
-        Some((key, other)) => return Err(unsupported(&key, other, "\"pack-quantized\"")),
-        None => return Err(missing("format", "\"pack-quantized\"")),
-    }
-    parse_weights(object(group, path, "weights")?, &join(path, "weights"))
-}
-
-/// Reads the `weights` of a group. Absent keys have the library's defaults.
-fn parse_weights(weights: &Map<String, Value>, path: &str) -> Result<Scheme, PackError> {
-    match weights.get("type") {
-        None => {}
-        Some(Value::String(kind)) if kind.eq_ignore_ascii_case("int") => {}
-        Some(other) => return Err(unsupported(&join(path, "type"), other, "\"int\"")),
-    }
-    match weights.get("actorder") {
-        None | Some(Value::Null | Value::Bool(false)) => {}
-        // These reorder columns while solving only; the stored order is the natural one.
-        Some(Value::String(order)) if order == "weight" || order == "static" => {}
-        Some(other) => return Err(unsupported(&join(path, "actorder"), other, "null, \"weight\" or \"static\"")),
-    }
-    if boolean(weights, path, "dynamic", Some(false))? {
-        return Err(unsupported(&join(path, "dynamic"), &json!(true), "false"));
-    }
-    let key = join(path, "group_size");
-    let group_size = match weights.get("group_size") {
-        None | Some(Value::Null) => None,
-        Some(value) => Some(value.as_i64().ok_or_else(|| wrong(&key, value, "an integer or null"))?),
-    };
-    let strategy = match (weights.get("strategy"), group_size) {
-        (Some(Value::String(strategy)), _) => strategy.to_ascii_lowercase(),
-        (Some(Value::Null) | None, Some(-1)) => "channel".to_owned(),
-        (Some(Value::Null) | None, Some(_)) => "group".to_owned(),
-        (Some(Value::Null) | None, None) => "tensor".to_owned(),
-        (Some(other), _) => return Err(wrong(&join(path, "strategy"), other, "a string")),
-    };
-    let group_size = match (strategy.as_str(), group_size) {
-        ("channel", None | Some(-1)) => -1,
-        ("group", Some(width)) if width > 0 => width,
-        ("channel" | "group", found) => {
-            let wanted = "a positive number for groups, null or -1 for channels";
-            return Err(wrong(&key, &json!(found), wanted));
+        Some((_, Value::String(format))) if format == MIXED => Ok(scheme),
+        Some((_, Value::String(format))) if Format::from_name(format).is_some_and(|format| format.holds(&scheme)) => {
+            Ok(scheme)
         }
-        (other, _) => return Err(unsupported(&join(path, "strategy"), &json!(other), "\"group\" or \"channel\"")),
-    };
-    let symmetric = boolean(weights, path, "symmetric", Some(true))?;
-    let bits = integer(weights, path, &["num_bits"])?;
-    Ok(Scheme::new(bits, group_size, symmetric, ParsedConfig::UNKNOWN_SCALE_DTYPE)?)
+        Some((key, other)) => Err(unsupported(&key, other, &format!("{:?}", Format::of(&scheme).name()))),
+        None => Err(missing("format", "the name of a format")),
+    }
 }
 
 /// Refuses a value that is neither absent, null nor an empty object.

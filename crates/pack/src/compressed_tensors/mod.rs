@@ -1,23 +1,28 @@
 //! The `compressed-tensors` layout.
 
+mod args;
 mod config;
+mod format;
 
-use lite_quant::{QuantizedLinear, Scheme};
+use lite_quant::{ActivationScheme, InputQuantization, LinearScheme, QuantizedLinear, Scheme, WeightScheme, Weights};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
+use self::format::{Format, check_scheme, form};
 use crate::bits::{pack_row, unpack_row, words};
-use crate::layout::{Layout, PackedTensor, TensorRef, TensorSpec};
+use crate::form::{checked_input, is_static};
+use crate::layout::{Layout, PackedTensor, TensorRef, TensorSpec, Unpacked};
 use crate::tensors::{
     Dtypes, Reader, SCALE_DTYPES, WORD_DTYPES, check_symmetry, check_weight, decode_scales, dtype_of, encode_scales,
     groups,
 };
 use crate::{ConfigFacts, PackError, ParsedConfig};
 
-/// The `pack-quantized` format of compressed-tensors, 2 to 8 bits, per group or per channel.
+/// The formats of compressed-tensors: `pack-quantized`, which is here, and those of a byte or a pair of codes each
+/// (see [`format`]). They are told apart by the scheme when writing, and by the tensors that are there when reading.
 ///
-/// Codes are dense bit streams along K, zero points along N. The library stores signed values plus
+/// In `pack-quantized` (2 to 8 bits, per group or per channel) codes are dense bit streams along K, zero points along N. The library stores signed values plus
 /// `2^(bits−1)`, which is exactly the unsigned code and zero point of [`QuantizedLinear`]. Zero points
 /// of a symmetric scheme are not stored: vLLM registers no parameter for them.
 pub(crate) struct CompressedTensors;
@@ -35,14 +40,28 @@ impl Layout for CompressedTensors {
     }
 
     fn suffixes(&self) -> &'static [&'static str] {
-        &["weight_packed", "weight_scale", "weight_zero_point", "weight_shape"]
+        &[
+            "weight_packed",
+            "weight",
+            "weight_scale",
+            "weight_zero_point",
+            "weight_shape",
+            "weight_global_scale",
+            "input_scale",
+            "input_zero_point",
+            "input_global_scale",
+        ]
     }
 
-    fn check(&self, scheme: &Scheme, n: usize, k: usize) -> Result<(), PackError> {
-        Dims::new(scheme, n, k).map(|_| ())
+    fn check(&self, scheme: &LinearScheme, n: usize, k: usize) -> Result<(), PackError> {
+        match packed(scheme)? {
+            Some(scheme) => Dims::new(scheme, n, k).map(|_| ()),
+            None => form(scheme, n, k).map(|_| ()),
+        }
     }
 
-    fn describe(&self, scheme: &Scheme, n: usize, k: usize) -> Result<Vec<TensorSpec>, PackError> {
+    fn describe(&self, scheme: &LinearScheme, n: usize, k: usize) -> Result<Vec<TensorSpec>, PackError> {
+        let Some(scheme) = packed(scheme)? else { return Ok(form(scheme, n, k)?.describe(scheme)) };
         let dims = Dims::new(scheme, n, k)?;
         let mut specs = vec![
             TensorSpec { suffix: "weight_packed", dtype: Dtype::I32, shape: vec![n, dims.row_words] },
@@ -56,9 +75,21 @@ impl Layout for CompressedTensors {
         Ok(specs)
     }
 
-    fn pack(&self, weight: &QuantizedLinear) -> Result<Vec<PackedTensor>, PackError> {
-        let (scheme, n, k) = (&weight.scheme, weight.out_features, weight.in_features);
-        let specs = self.describe(scheme, n, k)?;
+    fn pack(
+        &self,
+        weights: &Weights,
+        activations: Option<&ActivationScheme>,
+        input: Option<&InputQuantization>,
+    ) -> Result<Vec<PackedTensor>, PackError> {
+        let scheme = LinearScheme { weights: weights.scheme(), activations: activations.copied() };
+        let (n, k) = weights.shape();
+        let weight = match (packed(&scheme)?, weights) {
+            (Some(_), Weights::Int(weight)) => weight,
+            _ => return form(&scheme, n, k)?.pack(weights, activations, input),
+        };
+        checked_input(activations, input)?;
+        let specs = self.describe(&scheme, n, k)?;
+        let scheme = &weight.scheme;
         check_weight(weight)?;
         let dims = Dims::new(scheme, n, k)?;
         let mut packed = vec![0u8; n * dims.row_words * 4];
@@ -81,11 +112,17 @@ impl Layout for CompressedTensors {
 
     fn unpack<'a>(
         &self,
-        scheme: &Scheme,
+        scheme: &LinearScheme,
         n: usize,
         k: usize,
         get: &dyn Fn(&str) -> Option<TensorRef<'a>>,
-    ) -> Result<QuantizedLinear, PackError> {
+    ) -> Result<Unpacked, PackError> {
+        let scheme = match &scheme.weights {
+            // Whatever the format is called: some tools store packed schemes a byte each, and the other way round.
+            WeightScheme::Int(int) if packed(scheme)?.is_some() && get("weight").is_none() => int,
+            WeightScheme::Int(int) if get("weight_packed").is_some() && !is_static(scheme.activations.as_ref()) => int,
+            _ => return form(scheme, n, k)?.unpack(scheme, get),
+        };
         let dims = Dims::new(scheme, n, k)?;
         refuse_meaning_changers(scheme, get)?;
         let reader = Reader { layout: NAME, get };
@@ -108,10 +145,10 @@ impl Layout for CompressedTensors {
             .zip(packed.data.par_chunks(dims.row_words * 4))
             .for_each(|(codes, bytes)| unpack_row(bytes, scheme.bits, codes));
         let scheme = Scheme { scale_dtype, ..*scheme };
-        Ok(QuantizedLinear { scheme, out_features: n, in_features: k, codes, scales, zeros })
+        Ok(Weights::Int(QuantizedLinear { scheme, out_features: n, in_features: k, codes, scales, zeros }).into())
     }
 
-    fn mixes(&self, _common: &Scheme, _other: &Scheme) -> Result<(), &'static str> {
+    fn mixes(&self, _common: &LinearScheme, _other: &LinearScheme) -> Result<(), &'static str> {
         Ok(())
     }
 
@@ -122,6 +159,12 @@ impl Layout for CompressedTensors {
     fn parse_config(&self, config: &Map<String, Value>) -> Result<ParsedConfig, PackError> {
         config::parse(config)
     }
+}
+
+/// The integer scheme of a linear that is written packed.
+fn packed(scheme: &LinearScheme) -> Result<Option<&Scheme>, PackError> {
+    check_scheme(scheme)?;
+    Ok(scheme.weights.int().filter(|_| Format::of(scheme) == Format::Pack))
 }
 
 /// Sizes of the packed tensors.

@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lite_quant::Scheme;
+use lite_quant::{LinearScheme, Scheme};
 use serde_json::{Map, Value, json};
 
 use super::dynamic::{exactly, fused_names, only_match};
 use super::{Gptq, Label, NAME};
-use crate::config::{boolean, distinct_overrides, integer, join, object, unsupported, wrong};
+use crate::config::{boolean, distinct_overrides, integer, join, no_kv_cache, object, unsupported, wrong};
+use crate::schemes::weight_only;
 use crate::{ConfigFacts, PackError, ParsedConfig};
 
 /// Where the format of the zero points is named; GPTQModel calls it `format` too.
@@ -16,7 +17,8 @@ const LABELS: [&str; 2] = ["checkpoint_format", "format"];
 /// The config. `damp_percent` is left to the readers' defaults: it says how a checkpoint was made, and
 /// none of them needs it to load one.
 pub(super) fn write(layout: &Gptq, facts: &ConfigFacts) -> Result<Value, PackError> {
-    let scheme = &facts.scheme;
+    no_kv_cache(NAME, facts)?;
+    let scheme = weight_only(NAME, &facts.scheme)?;
     let mut config = json!({
         "quant_method": NAME,
         "bits": scheme.bits,
@@ -37,7 +39,7 @@ pub(super) fn write(layout: &Gptq, facts: &ConfigFacts) -> Result<Value, PackErr
     for name in plain.iter().map(|(name, ())| *name).chain(fused.iter().map(|(name, ())| name.as_str())) {
         dynamic.insert(format!("-:{}", exactly(name)), json!({}));
     }
-    let overrides = distinct_overrides(layout, facts)?;
+    let overrides = integer_overrides(layout, facts)?;
     let fused = fused_names(&overrides);
     let fused = fused.iter().map(|(name, scheme)| (name.as_str(), *scheme));
     for (name, scheme) in overrides.iter().copied().chain(fused) {
@@ -50,6 +52,12 @@ pub(super) fn write(layout: &Gptq, facts: &ConfigFacts) -> Result<Value, PackErr
     Ok(config)
 }
 
+/// The distinct overrides, all of them integers.
+fn integer_overrides<'f>(layout: &Gptq, facts: &'f ConfigFacts) -> Result<Vec<(&'f str, Scheme)>, PackError> {
+    let overrides = distinct_overrides(layout, facts)?.into_iter();
+    overrides.map(|(name, scheme)| Ok((name, *weight_only(NAME, &scheme)?))).collect()
+}
+
 /// Reads a config. `desc_act` is not looked at: `g_idx` says in which order columns are.
 pub(super) fn parse(config: &Map<String, Value>) -> Result<ParsedConfig, PackError> {
     label(config)?;
@@ -59,7 +67,7 @@ pub(super) fn parse(config: &Map<String, Value>) -> Result<ParsedConfig, PackErr
         Some(other) => return Err(unsupported("pack_dtype", other, "\"int32\"")),
     }
     let scheme = parse_scheme(config, "", None)?;
-    let mut parsed = ParsedConfig { scheme, ignored: Vec::new(), overrides: Vec::new() };
+    let mut parsed = ParsedConfig::new(scheme.into());
     if config.get("dynamic").is_none_or(Value::is_null) {
         return Ok(parsed);
     }
@@ -75,7 +83,7 @@ pub(super) fn parse(config: &Map<String, Value>) -> Result<ParsedConfig, PackErr
             return Err(unsupported(&path, value, "a pattern of one module name, `^model\\.layers\\.0\\.…$`"));
         };
         let Value::Object(changes) = value else { return Err(wrong(&path, value, "an object")) };
-        let scheme = parse_scheme(changes, &path, Some(&scheme))?;
+        let scheme = LinearScheme::from(parse_scheme(changes, &path, Some(&scheme))?);
         // The first that matches wins.
         if seen.insert(name.clone()) && scheme != parsed.scheme {
             parsed.overrides.push((name, scheme));
@@ -85,8 +93,9 @@ pub(super) fn parse(config: &Map<String, Value>) -> Result<ParsedConfig, PackErr
     let plain: Vec<(&str, ())> = parsed.ignored.iter().map(|name| (name.as_str(), ())).collect();
     let fused: BTreeMap<String, ()> = fused_names(&plain).into_iter().collect();
     parsed.ignored.retain(|name| !fused.contains_key(name));
-    let overrides: Vec<(&str, Scheme)> = parsed.overrides.iter().map(|(name, scheme)| (&**name, *scheme)).collect();
-    let fused: BTreeMap<String, Scheme> = fused_names(&overrides).into_iter().collect();
+    let overrides: Vec<(&str, LinearScheme)> =
+        parsed.overrides.iter().map(|(name, scheme)| (&**name, *scheme)).collect();
+    let fused: BTreeMap<String, LinearScheme> = fused_names(&overrides).into_iter().collect();
     parsed.overrides.retain(|(name, _)| !fused.contains_key(name));
     Ok(parsed)
 }

@@ -3,13 +3,14 @@
 mod config;
 mod dynamic;
 
-use lite_quant::{QuantizedLinear, Scheme};
+use lite_quant::{ActivationScheme, InputQuantization, LinearScheme, QuantizedLinear, Scheme, Weights};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use crate::bits::{pack_row, unpack_row};
-use crate::layout::{Layout, PackedTensor, TensorRef, TensorSpec};
+use crate::layout::{Layout, PackedTensor, TensorRef, TensorSpec, Unpacked};
+use crate::schemes::{weight_only, weight_only_linear};
 use crate::tensors::{
     Reader, SCALE_DTYPES, WORD_DTYPES, check_weight, decode_scales, dtype_of, encode_scales, groups, word,
 };
@@ -76,11 +77,13 @@ impl Layout for Gptq {
         &["qweight", "qzeros", "scales", "g_idx"]
     }
 
-    fn check(&self, scheme: &Scheme, n: usize, k: usize) -> Result<(), PackError> {
+    fn check(&self, scheme: &LinearScheme, n: usize, k: usize) -> Result<(), PackError> {
+        let scheme = weight_only(NAME, scheme)?;
         check(scheme, n, k).map(|_| ())
     }
 
-    fn describe(&self, scheme: &Scheme, n: usize, k: usize) -> Result<Vec<TensorSpec>, PackError> {
+    fn describe(&self, scheme: &LinearScheme, n: usize, k: usize) -> Result<Vec<TensorSpec>, PackError> {
+        let scheme = weight_only(NAME, scheme)?;
         let g = check(scheme, n, k)?;
         Ok(vec![
             TensorSpec { suffix: "qweight", dtype: Dtype::I32, shape: vec![words(k, scheme), n] },
@@ -90,9 +93,15 @@ impl Layout for Gptq {
         ])
     }
 
-    fn pack(&self, weight: &QuantizedLinear) -> Result<Vec<PackedTensor>, PackError> {
+    fn pack(
+        &self,
+        weights: &Weights,
+        activations: Option<&ActivationScheme>,
+        input: Option<&InputQuantization>,
+    ) -> Result<Vec<PackedTensor>, PackError> {
+        let weight = weight_only_linear(NAME, weights, activations, input)?;
         let (scheme, n, k) = (&weight.scheme, weight.out_features, weight.in_features);
-        let specs = self.describe(scheme, n, k)?;
+        let specs = self.describe(&(*scheme).into(), n, k)?;
         check_weight(weight)?;
         let g = weight.groups();
         let scales = (0..g).flat_map(|group| (0..n).map(move |row| weight.scales[row * g + group]));
@@ -112,11 +121,12 @@ impl Layout for Gptq {
 
     fn unpack<'a>(
         &self,
-        scheme: &Scheme,
+        scheme: &LinearScheme,
         n: usize,
         k: usize,
         get: &dyn Fn(&str) -> Option<TensorRef<'a>>,
-    ) -> Result<QuantizedLinear, PackError> {
+    ) -> Result<Unpacked, PackError> {
+        let scheme = weight_only(NAME, scheme)?;
         let g = check(scheme, n, k)?;
         let reader = Reader { layout: NAME, get };
         let qweight = reader.tensor("qweight", WORD_DTYPES, &[words(k, scheme), n])?;
@@ -125,21 +135,24 @@ impl Layout for Gptq {
         check_order(reader.tensor("g_idx", WORD_DTYPES, &[k])?, k, g)?;
         let zeros = self.zero_points(unpack_zeros(qzeros.data, n, g, scheme), scheme, g)?;
         let scales = (0..n).flat_map(|row| (0..g).map(move |group| group * n + row)).map(|at| by_group[at]).collect();
-        Ok(QuantizedLinear {
+        let linear = QuantizedLinear {
             scheme: Scheme { scale_dtype, ..*scheme },
             out_features: n,
             in_features: k,
             codes: unpack_codes(qweight.data, n, k, scheme.bits),
             scales,
             zeros,
-        })
+        };
+        Ok(Weights::Int(linear).into())
     }
 
-    fn mixes(&self, common: &Scheme, other: &Scheme) -> Result<(), &'static str> {
-        if common.symmetric == other.symmetric {
-            Ok(())
-        } else {
-            Err("symmetric and asymmetric zero points have different formats, and `checkpoint_format` names one")
+    fn mixes(&self, common: &LinearScheme, other: &LinearScheme) -> Result<(), &'static str> {
+        match (common.weights.int(), other.weights.int()) {
+            (Some(common), Some(other)) if common.symmetric == other.symmetric => Ok(()),
+            (Some(_), Some(_)) => {
+                Err("symmetric and asymmetric zero points have different formats, and `checkpoint_format` names one")
+            }
+            _ => Err("it holds integer codes only"),
         }
     }
 

@@ -1,6 +1,6 @@
 //! LMDeploy's PyTorch engine, 0.16.
 
-use lite_quant::GroupSize;
+use lite_quant::{GroupSize, Scheme};
 
 use super::rules::{Rules, expert_block, is_head};
 use super::{Severity, group_text};
@@ -11,15 +11,15 @@ const KERNEL: &str = "lmdeploy/pytorch/kernels/cuda/awq_kernels.py: groups are t
 const MOE: &str = "lmdeploy/pytorch/nn/moe/__init__.py: `build_fused_moe`";
 const FUSED: &str = "lmdeploy/pytorch/models/utils/model.py: fused names";
 
-pub(super) fn check(rules: &mut Rules<'_>) {
+pub(super) fn check(rules: &mut Rules<'_>, scheme: &Scheme) {
     if !rules.is("awq") {
         let message = format!("layout `{}` is refused (\"Unsupported quant method\"); use `awq`", rules.layout.name());
         return rules.whole(Severity::Refused, "lmdeploy-pytorch-layout", CONFIG, message);
     }
-    match rules.scheme.group_size {
+    match scheme.group_size {
         GroupSize::Channels(width) if width.is_power_of_two() => {}
         GroupSize::Channels(_) => {
-            let message = format!("{}: it must be a power of two; use 128", group_text(rules.scheme.group_size));
+            let message = format!("{}: it must be a power of two; use 128", group_text(scheme.group_size));
             rules.whole(Severity::Refused, "lmdeploy-pytorch-group-size", KERNEL, message);
         }
         GroupSize::Channel => {
@@ -30,6 +30,12 @@ pub(super) fn check(rules: &mut Rules<'_>) {
     let experts = rules.names(|site| expert_block(&site.name).is_some());
     let message = "experts in the AWQ layout are refused; leave them unquantized, or use TurboMind or vLLM";
     rules.at(Severity::Refused, "lmdeploy-pytorch-experts", MOE, experts, message);
+    rules.scales_become_f16(scheme, "lmdeploy-pytorch-scale-dtype", LINEAR);
+    model(rules);
+}
+
+/// The rules that do not depend on the scheme.
+pub(super) fn model(rules: &mut Rules<'_>) {
     let mixed = rules.mixed_groups().into_iter();
     let message = "only some of the linears that are fused here are quantized; quantize all of them or none";
     rules.at(Severity::Refused, "lmdeploy-pytorch-fused-mixed", FUSED, mixed, message);
@@ -42,5 +48,4 @@ pub(super) fn check(rules: &mut Rules<'_>) {
     let message = "models of this engine build the output head without quantization; leave it unquantized";
     rules.at(Severity::Warning, "lmdeploy-pytorch-head", CONFIG, head, message);
     rules.routers_are_dense("lmdeploy-pytorch-router", CONFIG);
-    rules.scales_become_f16("lmdeploy-pytorch-scale-dtype", LINEAR);
 }

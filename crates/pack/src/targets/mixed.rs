@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use lite_quant::Scheme;
+use lite_quant::LinearScheme;
 
 use super::rules::{Rules, expert_block};
 use super::{Severity, SiteFacts, Target};
-use crate::config::same_codes;
+use crate::schemes::same_codes;
 
 const VLLM_FUSED: &str = "vllm gptq_utils.py and compressed_tensors/utils.py: shards must agree";
 const VLLM_MOE: &str = "vllm compressed_tensors/compressed_tensors_moe: scheme of `experts.0` for all experts";
@@ -15,7 +15,7 @@ const TURBOMIND: &str = "lmdeploy/turbomind/converter.py: one group size, `confi
 const OPTIMUM: &str = "optimum/gptq/quantizer.py: one `bits` and `group_size`, `dynamic` is not read";
 
 /// The common scheme, then every other one of a quantized linear, in their order.
-pub(super) fn schemes(sites: &[SiteFacts], common: &Scheme) -> Vec<Scheme> {
+pub(super) fn schemes(sites: &[SiteFacts], common: &LinearScheme) -> Vec<LinearScheme> {
     let mut schemes = vec![*common];
     for own in sites.iter().filter(|site| site.quantized).filter_map(|site| site.scheme) {
         if !schemes.contains(&own) {
@@ -26,7 +26,7 @@ pub(super) fn schemes(sites: &[SiteFacts], common: &Scheme) -> Vec<Scheme> {
 }
 
 /// The quantized linears of one scheme, and all plain ones.
-pub(super) fn of_scheme(sites: &[SiteFacts], common: &Scheme, scheme: &Scheme) -> Vec<SiteFacts> {
+pub(super) fn of_scheme(sites: &[SiteFacts], common: &LinearScheme, scheme: &LinearScheme) -> Vec<SiteFacts> {
     sites.iter().filter(|site| !site.quantized || site.scheme.unwrap_or(*common) == *scheme).cloned().collect()
 }
 
@@ -63,14 +63,14 @@ pub(super) fn check(target: Target, rules: &mut Rules<'_>) {
             let message = "in layout `gptq` transformers reads one scheme for all linears; use compressed-tensors";
             rules.at(Severity::Refused, "transformers-gptq-schemes", OPTIMUM, own.into_iter(), message);
         }
-        // LMDeploy's PyTorch engine reads `awq` only, which holds one scheme.
-        Target::Transformers | Target::LmdeployPytorch => {}
+        // The layouts that the others read hold one scheme.
+        Target::Transformers | Target::LmdeployPytorch | Target::TrtLlm => {}
     }
 }
 
 /// Groups of linears of which the quantized members do not have one scheme, in order of name.
 fn unequal<'a>(rules: &Rules<'a>, group: impl Fn(&'a SiteFacts) -> Option<&'a str>) -> Vec<&'a str> {
-    let mut seen = BTreeMap::<&str, (Scheme, bool)>::new();
+    let mut seen = BTreeMap::<&str, (LinearScheme, bool)>::new();
     for site in rules.quantized() {
         if let Some(group) = group(site) {
             let scheme = site.scheme.unwrap_or(*rules.scheme);

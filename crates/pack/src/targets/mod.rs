@@ -7,14 +7,16 @@
 mod lmdeploy_pytorch;
 mod mixed;
 mod rules;
+mod small_types;
 mod transformers;
 mod turbomind;
 mod vllm;
 
-use lite_quant::{GroupSize, Scheme};
+use lite_quant::{GroupSize, LinearScheme, WeightScheme};
 
 use self::rules::Rules;
 pub use self::rules::check_scales;
+pub(crate) use self::small_types::plain_layout;
 use crate::{Layout, default_layout};
 
 /// An engine that loads checkpoints.
@@ -28,11 +30,13 @@ pub enum Target {
     LmdeployPytorch,
     /// Hugging Face transformers.
     Transformers,
+    /// TensorRT-LLM.
+    TrtLlm,
 }
 
 impl Target {
     /// Every engine, in the order of the documentation.
-    pub const ALL: [Self; 4] = [Self::Vllm, Self::TurboMind, Self::LmdeployPytorch, Self::Transformers];
+    pub const ALL: [Self; 5] = [Self::Vllm, Self::TurboMind, Self::LmdeployPytorch, Self::Transformers, Self::TrtLlm];
 
     /// The name on the command line.
     pub fn name(self) -> &'static str {
@@ -41,6 +45,7 @@ impl Target {
             Self::TurboMind => "turbomind",
             Self::LmdeployPytorch => "lmdeploy-pytorch",
             Self::Transformers => "transformers",
+            Self::TrtLlm => "trtllm",
         }
     }
 
@@ -53,12 +58,18 @@ impl Target {
     ///
     /// Each engine gets one that it loads wherever it loads any: vLLM the default, TurboMind `awq`
     /// only with its 4 bits and groups of 128, LMDeploy's PyTorch engine always `awq`, transformers
-    /// always `compressed-tensors`, which needs no GPU kernel.
-    pub fn default_layout(self, scheme: &Scheme) -> &'static str {
+    /// always `compressed-tensors`, which needs no GPU kernel, TensorRT-LLM `awq` or `gptq`. Small floats and quantized
+    /// inputs go to `compressed-tensors`, for LMDeploy's engines to `lmdeploy-w8a8` or `fp8`, for TensorRT-LLM to `modelopt`.
+    pub fn default_layout(self, scheme: &LinearScheme) -> &'static str {
+        let (WeightScheme::Int(integers), None) = (&scheme.weights, scheme.activations) else {
+            return small_types::default_layout(self, scheme);
+        };
         match self {
             Self::Vllm | Self::TurboMind => default_layout(scheme),
             Self::LmdeployPytorch => "awq",
             Self::Transformers => "compressed-tensors",
+            Self::TrtLlm if integers.symmetric => "gptq",
+            Self::TrtLlm => "awq",
         }
     }
 }
@@ -78,7 +89,7 @@ pub struct SiteFacts {
     /// Whether it is quantized.
     pub quantized: bool,
     /// Its scheme, if it is quantized with another than the common one.
-    pub scheme: Option<Scheme>,
+    pub scheme: Option<LinearScheme>,
 }
 
 /// How bad a broken rule is.
@@ -122,7 +133,7 @@ pub enum Verdict {
 pub fn check(
     target: Target,
     layout: &dyn Layout,
-    scheme: &Scheme,
+    scheme: &LinearScheme,
     sites: &[SiteFacts],
     architectures: &[String],
     tp: usize,
@@ -136,11 +147,16 @@ pub fn check(
     for own in mixed::schemes(sites, scheme) {
         let part = mixed::of_scheme(sites, scheme, &own);
         let mut apart = Rules::new(layout, &own, &part, architectures, tp);
-        match target {
-            Target::Vllm => vllm::check(&mut apart),
-            Target::TurboMind => turbomind::check(&mut apart),
-            Target::LmdeployPytorch => lmdeploy_pytorch::check(&mut apart),
-            Target::Transformers => transformers::check(&mut apart),
+        if let (WeightScheme::Int(scheme), None) = (&own.weights, own.activations) {
+            match target {
+                Target::Vllm => vllm::check(&mut apart, scheme),
+                Target::TurboMind => turbomind::check(&mut apart, scheme),
+                Target::LmdeployPytorch => lmdeploy_pytorch::check(&mut apart, scheme),
+                Target::Transformers => transformers::check(&mut apart, scheme),
+                Target::TrtLlm => small_types::trtllm_integers(&mut apart, scheme),
+            }
+        } else {
+            small_types::check(target, &mut apart, &own);
         }
         for mut violation in apart.found {
             if rules.found.contains(&violation) {
@@ -161,7 +177,7 @@ pub fn check(
 /// What each engine makes of a checkpoint on one GPU.
 pub fn engines_for(
     layout: &dyn Layout,
-    scheme: &Scheme,
+    scheme: &LinearScheme,
     sites: &[SiteFacts],
     architectures: &[String],
 ) -> Vec<(Target, Verdict)> {

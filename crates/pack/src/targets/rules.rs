@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lite_quant::{ScaleDtype, Scheme};
+use lite_quant::{LinearScheme, ScaleDtype, Scheme};
 
 use super::{RuleViolation, Severity, SiteFacts, Target};
 use crate::Layout;
-use crate::config::same_codes;
+use crate::schemes::same_codes;
 
 /// How an engine cuts a linear over tensor-parallel ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub(super) enum Split {
 /// What is being checked, and what was found.
 pub(super) struct Rules<'a> {
     pub(super) layout: &'a dyn Layout,
-    pub(super) scheme: &'a Scheme,
+    pub(super) scheme: &'a LinearScheme,
     pub(super) sites: &'a [SiteFacts],
     pub(super) architectures: &'a [String],
     pub(super) tp: usize,
@@ -34,7 +34,7 @@ pub(super) struct Rules<'a> {
 impl<'a> Rules<'a> {
     pub(super) fn new(
         layout: &'a dyn Layout,
-        scheme: &'a Scheme,
+        scheme: &'a LinearScheme,
         sites: &'a [SiteFacts],
         architectures: &'a [String],
         tp: usize,
@@ -122,8 +122,8 @@ impl<'a> Rules<'a> {
     }
 
     /// Scales in a type that the engine converts to IEEE half when it loads them.
-    pub(super) fn scales_become_f16(&mut self, rule: &'static str, source: &'static str) {
-        let what = match self.scheme.scale_dtype {
+    pub(super) fn scales_become_f16(&mut self, scheme: &Scheme, rule: &'static str, source: &'static str) {
+        let what = match scheme.scale_dtype {
             ScaleDtype::F16 => return,
             ScaleDtype::BF16 => "bf16 scales are converted to fp16: exact inside its normal range, 6.1e-5 to 65504",
             ScaleDtype::F32 => {
@@ -152,7 +152,7 @@ pub fn check_scales(target: Target, name: &str, scales: &[f32]) -> Option<RuleVi
         Target::LmdeployPytorch => {
             ("lmdeploy-pytorch-scale-range", "lmdeploy/pytorch/nn/linear/awq.py: `dtype=torch.float16`")
         }
-        Target::Vllm | Target::Transformers => return None,
+        Target::Vllm | Target::Transformers | Target::TrtLlm => return None,
     };
     let half = |scale: f32| half::f16::from_f32(scale);
     let lost =

@@ -1,5 +1,7 @@
 //! Hugging Face transformers 5.17.
 
+use lite_quant::Scheme;
+
 use super::Severity;
 use super::rules::{Rules, expert_block, is_head, last};
 
@@ -12,7 +14,7 @@ const EXPERTS: &str = "transformers 5: experts are one 3-D parameter, not `Linea
 const GPTQ: &str = "transformers/quantizers/quantizer_gptq.py: `validate_environment`";
 const BLOCKS: &str = "optimum/gptq/quantizer.py: `convert_model` replaces the linears of the blocks";
 
-pub(super) fn check(rules: &mut Rules<'_>) {
+pub(super) fn check(rules: &mut Rules<'_>, scheme: &Scheme) {
     if rules.is("awq") {
         let message = "layout `awq` needs the gptqmodel package and its GPU kernels; compressed-tensors runs anywhere";
         rules.whole(Severity::Warning, "transformers-awq-kernel", AWQ, message.to_owned());
@@ -28,13 +30,18 @@ pub(super) fn check(rules: &mut Rules<'_>) {
         rules.at(Severity::Refused, "transformers-awq-ignore-prefix", CONVERT, misread, message);
     } else if rules.is("gptq") {
         gptq(rules);
-    } else if matches!(rules.scheme.bits, 3 | 5 | 6 | 7) {
+    } else if matches!(scheme.bits, 3 | 5 | 6 | 7) {
         let message = format!(
             "{} bits are packed densely: compressed-tensors releases before 0.18 misread them; install a newer one",
-            rules.scheme.bits
+            scheme.bits
         );
         rules.whole(Severity::Warning, "transformers-dense-packing", CT, message);
     }
+    experts(rules);
+}
+
+/// Experts in a layout of their own tensors.
+pub(super) fn experts(rules: &mut Rules<'_>) {
     let experts = rules.names(|site| expert_block(&site.name).is_some());
     let message = "transformers 5 keeps experts as one parameter, which its quantizers may not fill from packed ones; \
                    use vLLM or TurboMind, or leave the experts unquantized";

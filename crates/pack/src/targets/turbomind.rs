@@ -1,6 +1,6 @@
 //! LMDeploy's TurboMind engine, 0.16.
 
-use lite_quant::GroupSize;
+use lite_quant::{GroupSize, Scheme};
 
 use super::rules::{Rules, Split, is_head, is_router, is_tower, last, split, turbomind_scales};
 use super::{Severity, group_text};
@@ -39,10 +39,8 @@ const SERVED: [&str; 19] = [
     "GptOssForCausalLM",
 ];
 
-pub(super) fn check(rules: &mut Rules<'_>) {
-    scheme(rules);
-    architectures(rules);
-
+pub(super) fn check(rules: &mut Rules<'_>, scheme: &Scheme) {
+    weights(rules, scheme);
     let narrow = rules.names(|site| site.n % 8 != 0);
     rules.at(Severity::Refused, "turbomind-n", PACK, narrow, "N must be a multiple of 8; leave this layer unquantized");
     let short = rules.names(|site| site.k % 32 != 0);
@@ -54,6 +52,14 @@ pub(super) fn check(rules: &mut Rules<'_>) {
         "K must be a multiple of 32; leave this layer unquantized",
     );
 
+    rules.scales_become_f16(scheme, "turbomind-scale-dtype", turbomind_scales());
+    parallel(rules, scheme);
+    model(rules);
+}
+
+/// The rules that do not depend on the scheme.
+pub(super) fn model(rules: &mut Rules<'_>) {
+    architectures(rules);
     let (gate_up, others): (Vec<_>, Vec<_>) =
         rules.mixed_groups().into_iter().partition(|group| last(group) == "gate_up");
     let message = "gate and up are fused and cannot have different formats; quantize both or neither";
@@ -80,12 +86,9 @@ pub(super) fn check(rules: &mut Rules<'_>) {
     let message = "routers and the output head are dense in every checkpoint this engine is tested with; leave them \
                    unquantized";
     rules.at(Severity::Warning, "turbomind-dense", CONVERTER, dense, message);
-    rules.scales_become_f16("turbomind-scale-dtype", turbomind_scales());
-    parallel(rules);
 }
 
-fn scheme(rules: &mut Rules<'_>) {
-    let scheme = rules.scheme;
+fn weights(rules: &mut Rules<'_>, scheme: &Scheme) {
     if scheme.bits != 4 {
         let message = format!("{} bits: TurboMind reads 4-bit integers only; use 4 bits or vLLM", scheme.bits);
         rules.whole(Severity::Refused, "turbomind-bits", CONVERTER, message);
@@ -133,12 +136,12 @@ fn architectures(rules: &mut Rules<'_>) {
 }
 
 /// Feed-forward layers are padded, attention is not.
-fn parallel(rules: &mut Rules<'_>) {
+fn parallel(rules: &mut Rules<'_>, scheme: &Scheme) {
     let tp = rules.tp;
     if tp == 1 {
         return;
     }
-    let group = rules.scheme.group_size;
+    let group = scheme.group_size;
     let uneven = rules.names(|site| match (last(&site.name), split(&site.name)) {
         ("o_proj" | "wo", _) => {
             let groups = group.width(site.k).map_or(1, |width| site.k / width.max(1));

@@ -1,6 +1,6 @@
 //! vLLM 0.33.
 
-use lite_quant::{GroupSize, ScaleDtype};
+use lite_quant::{GroupSize, ScaleDtype, Scheme};
 
 use super::rules::{Rules, Split, expert_block, split};
 use super::{Severity, group_text};
@@ -19,27 +19,27 @@ const DTYPES: &str = "vllm: scale parameters are created in the model's dtype";
 /// Group sizes of the Marlin kernels; −1 is a whole row.
 const MARLIN_GROUPS: [i64; 4] = [-1, 32, 64, 128];
 
-pub(super) fn check(rules: &mut Rules<'_>) {
-    let marlin_group = MARLIN_GROUPS.contains(&rules.scheme.group_size.to_flag());
+pub(super) fn check(rules: &mut Rules<'_>, scheme: &Scheme) {
+    let marlin_group = MARLIN_GROUPS.contains(&scheme.group_size.to_flag());
     if rules.is("awq") {
-        awq_kernels(rules, marlin_group);
+        awq_kernels(rules, scheme, marlin_group);
         let misread = rules.misread_by(|ignored, quantized| quantized.contains(ignored)).into_iter();
         let message = "vLLM matches `modules_to_not_convert` by substring and the name of an unquantized linear is part \
                        of this one, which would be loaded unquantized; quantize both or neither, or use \
                        compressed-tensors";
         rules.at(Severity::Refused, "vllm-awq-ignore-substring", AWQ, misread, message);
     } else if rules.is("gptq") {
-        gptq_kernels(rules, marlin_group);
+        gptq_kernels(rules, scheme, marlin_group);
     } else {
-        integer_kernels(rules, marlin_group);
+        integer_kernels(rules, scheme, marlin_group);
     }
     let mixed = rules.mixed_groups().into_iter();
     let message = "only some of the linears that vLLM fuses here are quantized; quantize all of them or none";
     rules.at(Severity::Refused, "vllm-fused-mixed", FUSED, mixed, message);
-    experts(rules, marlin_group);
-    whole_words(rules);
-    parallel(rules);
-    if rules.scheme.scale_dtype == ScaleDtype::F32 {
+    experts(rules, scheme, marlin_group);
+    whole_words(rules, scheme);
+    parallel(rules, scheme);
+    if scheme.scale_dtype == ScaleDtype::F32 {
         let message = "f32 scales are rounded to the model's dtype, so vLLM computes with other weights than were \
                        verified; write scales in the dtype of the model";
         rules.whole(Severity::Warning, "vllm-scale-dtype", DTYPES, message.to_owned());
@@ -48,12 +48,12 @@ pub(super) fn check(rules: &mut Rules<'_>) {
 }
 
 /// Marlin, or else the plain kernel, which takes less.
-fn awq_kernels(rules: &mut Rules<'_>, marlin_group: bool) {
+fn awq_kernels(rules: &mut Rules<'_>, scheme: &Scheme, marlin_group: bool) {
     if marlin_group {
         return;
     }
-    let group = group_text(rules.scheme.group_size);
-    let width = match rules.scheme.group_size {
+    let group = group_text(scheme.group_size);
+    let width = match scheme.group_size {
         GroupSize::Channels(width) => width.max(1),
         GroupSize::Channel => return,
     };
@@ -70,8 +70,8 @@ fn awq_kernels(rules: &mut Rules<'_>, marlin_group: bool) {
 }
 
 /// The GPTQ method has the types of Marlin and nothing else; `desc_act` is never written.
-fn gptq_kernels(rules: &mut Rules<'_>, marlin_group: bool) {
-    let (bits, symmetric, group) = (rules.scheme.bits, rules.scheme.symmetric, rules.scheme.group_size);
+fn gptq_kernels(rules: &mut Rules<'_>, scheme: &Scheme, marlin_group: bool) {
+    let (bits, symmetric, group) = (scheme.bits, scheme.symmetric, scheme.group_size);
     if !symmetric {
         let message = "layout `gptq` is read symmetric only; use a symmetric scheme, or compressed-tensors".to_owned();
         rules.whole(Severity::Refused, "vllm-gptq-asymmetric", GPTQ, message);
@@ -88,8 +88,7 @@ fn gptq_kernels(rules: &mut Rules<'_>, marlin_group: bool) {
 
 /// Which kernels take codes of compressed-tensors. Everything that only an optional package runs is a
 /// warning: vLLM loads it once that is installed.
-fn integer_kernels(rules: &mut Rules<'_>, marlin_group: bool) {
-    let scheme = rules.scheme;
+fn integer_kernels(rules: &mut Rules<'_>, scheme: &Scheme, marlin_group: bool) {
     let group = group_text(scheme.group_size);
     let message = match (scheme.bits, scheme.symmetric) {
         (4, _) | (8, true) if marlin_group => return,
@@ -117,12 +116,12 @@ fn integer_kernels(rules: &mut Rules<'_>, marlin_group: bool) {
     rules.whole(Severity::Warning, "vllm-kernel", KERNELS, message);
 }
 
-fn experts(rules: &mut Rules<'_>, marlin_group: bool) {
+fn experts(rules: &mut Rules<'_>, scheme: &Scheme, marlin_group: bool) {
     let mixed = rules.mixed_experts().into_iter();
     let message = "only some linears of the experts are quantized, vLLM reads one scheme for all of them; quantize all \
                    experts of a layer or none";
     rules.at(Severity::Refused, "vllm-experts-mixed", MOE, mixed, message);
-    let channel = rules.scheme.group_size == GroupSize::Channel;
+    let channel = scheme.group_size == GroupSize::Channel;
     // Gate and up read the hidden state: their K is the hidden size.
     let slow = rules.names(|site| {
         expert_block(&site.name).is_some() && split(&site.name) == Split::Column && (site.k % 128 != 0 || !marlin_group)
@@ -143,10 +142,10 @@ fn experts(rules: &mut Rules<'_>, marlin_group: bool) {
 }
 
 /// Shards of a fused linear, and the pieces of ranks, are concatenated in packed words.
-fn whole_words(rules: &mut Rules<'_>) {
-    let (bits, tp) = (usize::from(rules.scheme.bits), rules.tp);
+fn whole_words(rules: &mut Rules<'_>, scheme: &Scheme) {
+    let (bits, tp) = (usize::from(scheme.bits), rules.tp);
     // Layout `gptq` has zero points even where the scheme is symmetric.
-    if rules.is("compressed-tensors") && rules.scheme.symmetric {
+    if rules.is("compressed-tensors") && scheme.symmetric {
         return;
     }
     let ragged = rules.names(|site| {
@@ -165,15 +164,15 @@ fn whole_words(rules: &mut Rules<'_>) {
     rules.at(Severity::Refused, "vllm-zero-point-words", WNA16, ragged, &message);
 }
 
-fn parallel(rules: &mut Rules<'_>) {
-    let (bits, tp) = (usize::from(rules.scheme.bits), rules.tp);
+fn parallel(rules: &mut Rules<'_>, scheme: &Scheme) {
+    let (bits, tp) = (usize::from(scheme.bits), rules.tp);
     if tp == 1 {
         return;
     }
     let columns = rules.names(|site| split(&site.name) == Split::Column && site.n % tp != 0);
     let message = format!("N is not a multiple of the {tp} ranks; use fewer");
     rules.at(Severity::Refused, "vllm-tp-columns", PARALLEL, columns, &message);
-    let (group, awq) = (rules.scheme.group_size, rules.is("awq"));
+    let (group, awq) = (scheme.group_size, rules.is("awq"));
     let rows = rules.names(|site| {
         let per_rank = site.k / tp;
         // For experts in the AWQ layout vLLM halves the groups until they fit.
