@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::kernels::{self, Heads};
 use crate::ops::{norm_composed, with_cpu_slice};
-use crate::{DecoderError, GqaSpec, NormSpec, QkvLayout, Role, Rope};
+use crate::{DecoderError, GqaSpec, KvPart, KvTransform, NormSpec, QkvLayout, Role, Rope};
 
 /// Queries per tile: large enough for matrix products at full speed, small enough that little is computed
 /// above the diagonal and that one window feeds all threads.
@@ -19,12 +19,15 @@ fn span(position: usize, window: Option<usize>) -> (usize, usize) {
 }
 
 /// What attention reads: the projections of `windows` windows, and the norms over heads.
+#[derive(Clone, Copy)]
 pub(crate) struct Inputs<'a> {
     /// Projections `(windows·tokens, out)` by role.
     pub(crate) projections: &'a [(Role, Tensor)],
     pub(crate) windows: usize,
     pub(crate) q_norm: Option<(&'a NormSpec, &'a Tensor)>,
     pub(crate) k_norm: Option<(&'a NormSpec, &'a Tensor)>,
+    /// What the cache makes of keys and values; `None`: they stay as they are.
+    pub(crate) kv: Option<&'a dyn KvTransform>,
 }
 
 impl Inputs<'_> {
@@ -54,14 +57,31 @@ fn on_cpu(inputs: &Inputs, spec: &GqaSpec, rope: &Rope) -> Result<Tensor, Decode
         })?
     };
     let q = rotate(q_role, &q_columns, inputs.q_norm)?;
-    let k = rotate(k_role, &k_columns, inputs.k_norm)?;
+    let mut k = rotate(k_role, &k_columns, inputs.k_norm)?;
     let v = inputs.projection(v_role)?;
     let stride = v.dim(1)?;
     let out = with_cpu_slice(v, |data| {
         let v = Heads { data, stride, columns: &v_columns, dim: spec.head_dim };
+        let Some(kv) = inputs.kv else { return attend(&q, &k, v, inputs.windows, rope.tokens(), spec) };
+        kv.apply(KvPart::Keys, &mut k, spec.head_dim);
+        let mut data = gathered(v, rows);
+        kv.apply(KvPart::Values, &mut data, spec.head_dim);
+        let columns: Vec<usize> = (0..spec.kv_heads).map(|head| head * spec.head_dim).collect();
+        let v = Heads { data: &data, stride: spec.kv_heads * spec.head_dim, columns: &columns, dim: spec.head_dim };
         attend(&q, &k, v, inputs.windows, rope.tokens(), spec)
     })?;
     Ok(Tensor::from_vec(out, (rows, spec.heads * spec.head_dim), &candle_core::Device::Cpu)?)
+}
+
+/// The heads alone, `(rows, heads·dim)`.
+fn gathered(heads: Heads, rows: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(rows * heads.columns.len() * heads.dim);
+    for row in 0..rows {
+        for column in heads.columns {
+            out.extend_from_slice(&heads.data[row * heads.stride + column..][..heads.dim]);
+        }
+    }
+    out
 }
 
 /// Attention of `q` `(windows·tokens, heads·dim)` over `k` `(windows·tokens, kv_heads·dim)` and `v`.
@@ -136,8 +156,15 @@ pub(crate) fn composed(inputs: &Inputs, spec: &GqaSpec, rope: &Rope) -> Result<T
         Ok(x.reshape((windows, heads, tokens, dim))?)
     };
     let q = rope.rotate_composed(&by_head(normed(q, inputs.q_norm)?, heads)?)?;
-    let k = repeated(rope.rotate_composed(&by_head(normed(k, inputs.k_norm)?, kv)?)?)?;
-    let v = repeated(by_head(v, kv)?)?;
+    let cached = |part, x: Tensor| -> Result<Tensor, DecoderError> {
+        let Some(kv) = inputs.kv else { return Ok(x) };
+        let mut values = with_cpu_slice(&x, <[f32]>::to_vec)?;
+        kv.apply(part, &mut values, dim);
+        Ok(Tensor::from_vec(values, x.dims(), x.device())?)
+    };
+    let k = rope.rotate_composed(&by_head(normed(k, inputs.k_norm)?, kv)?)?;
+    let k = repeated(cached(KvPart::Keys, k)?)?;
+    let v = repeated(cached(KvPart::Values, by_head(v, kv)?)?)?;
     let mut tiles = Vec::new();
     for first in (0..tokens).step_by(TILE) {
         let count = TILE.min(tokens - first);
@@ -170,6 +197,19 @@ mod tests {
     /// More than two tiles, the last one ragged.
     const TOKENS: usize = 2 * TILE + 37;
     const WINDOWS: usize = 2;
+
+    struct Scaled {
+        keys: f32,
+        values: f32,
+    }
+
+    impl KvTransform for Scaled {
+        fn apply(&self, part: KvPart, heads: &mut [f32], head_dim: usize) {
+            assert_eq!((head_dim, heads.len() % head_dim), (8, 0));
+            let factor = if part == KvPart::Keys { self.keys } else { self.values };
+            heads.iter_mut().for_each(|v| *v *= factor);
+        }
+    }
 
     fn values(x: &Tensor) -> Vec<f32> {
         with_cpu_slice(x, <[f32]>::to_vec).unwrap()
@@ -253,6 +293,7 @@ mod tests {
                 windows: WINDOWS,
                 q_norm: attn.q_norm.as_ref().map(|norm| (norm, &weights[0])),
                 k_norm: attn.k_norm.as_ref().map(|norm| (norm, &weights[1])),
+                kv: None,
             };
             let wanted = definition(&inputs, &attn, &rope);
             for found in [on_cpu(&inputs, &attn, &rope).unwrap(), composed(&inputs, &attn, &rope).unwrap()] {
@@ -260,6 +301,19 @@ mod tests {
                 assert_eq!(found.len(), wanted.len());
                 let worst = found.iter().zip(&wanted).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
                 assert!(worst < 2e-5, "{arch}: {worst}");
+            }
+            // Values doubled by the cache double the outputs; doubled keys are a doubled scale of the scores.
+            let doubled = Inputs { kv: Some(&Scaled { keys: 1.0, values: 2.0 }), ..inputs };
+            let doubled_keys = Inputs { kv: Some(&Scaled { keys: 2.0, values: 1.0 }), ..inputs };
+            let sharper = GqaSpec { scale: 2.0 * attn.scale, ..attn.clone() };
+            let wanted_keys = values(&on_cpu(&inputs, &sharper, &rope).unwrap());
+            for run in [on_cpu, composed] {
+                let found = values(&run(&doubled, &attn, &rope).unwrap());
+                let worst = found.iter().zip(&wanted).map(|(a, b)| (f64::from(*a) - 2.0 * b).abs()).fold(0.0, f64::max);
+                assert!(worst < 4e-5, "{arch}, values: {worst}");
+                let found = values(&run(&doubled_keys, &attn, &rope).unwrap());
+                let worst = found.iter().zip(&wanted_keys).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(worst < 4e-5, "{arch}, keys: {worst}");
             }
         }
     }

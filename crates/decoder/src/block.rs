@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::attention::{Inputs, attention};
 use crate::{
-    AttnSpec, BlockSpec, DecoderError, DecoderSpec, InputId, MlpSpec, NormSpec, Role, Rope, Stream, Tap, WeightSource,
+    AttnSpec, BlockSpec, DecoderError, DecoderSpec, InputId, KvTransform, MlpSpec, NormSpec, Role, Rope, Stream, Tap, WeightSource,
     ops,
 };
 
@@ -137,6 +137,20 @@ impl Block {
         Ok(self.after_mlp(&residual, &middle)?.reshape(x.dims3()?)?)
     }
 
+    /// [`Block::forward`] with a cache between the projections and attention: keys and values are what `kv` makes of
+    /// them.
+    ///
+    /// # Errors
+    /// As [`Block::forward`].
+    pub fn forward_through(&self, x: &Tensor, rope: &Rope, kv: &dyn KvTransform) -> Result<Tensor, DecoderError> {
+        let (windows, tokens, hidden) = self.check_input(x, rope)?;
+        let residual = x.reshape((windows * tokens, hidden))?.contiguous()?;
+        let heads = self.attend(&self.attn_in(&residual)?, rope, Some(kv))?;
+        let residual = self.after_attn(&residual, &heads)?;
+        let middle = self.mlp_mid(&self.mlp_in(&residual)?)?;
+        Ok(self.after_mlp(&residual, &middle)?.reshape((windows, tokens, hidden))?)
+    }
+
     /// [`Block::forward`] up to the input of its last linear: all that a tap sees, without the output.
     ///
     /// # Errors
@@ -162,7 +176,7 @@ impl Block {
         Ok((residual, middle))
     }
 
-    fn check_input(&self, x: &Tensor, rope: &Rope) -> Result<(usize, usize, usize), DecoderError> {
+    pub(crate) fn check_input(&self, x: &Tensor, rope: &Rope) -> Result<(usize, usize, usize), DecoderError> {
         let fits = matches!(x.dims(), &[windows, tokens, hidden]
             if windows > 0 && tokens == rope.tokens() && hidden == self.hidden && x.dtype() == DType::F32);
         if !fits {
@@ -196,6 +210,10 @@ impl Block {
     /// # Errors
     /// If `normed` does not fit, or the device fails.
     pub fn attn_out(&self, normed: &Tensor, rope: &Rope) -> Result<Tensor, DecoderError> {
+        self.attend(normed, rope, None)
+    }
+
+    pub(crate) fn attend(&self, normed: &Tensor, rope: &Rope, kv: Option<&dyn KvTransform>) -> Result<Tensor, DecoderError> {
         let (rows, _) = normed.dims2()?;
         let tokens = rope.tokens().max(1);
         if rows == 0 || rows % tokens != 0 {
@@ -208,6 +226,7 @@ impl Block {
             windows: rows / tokens,
             q_norm: self.head_norm(attn.q_norm.as_ref())?,
             k_norm: self.head_norm(attn.k_norm.as_ref())?,
+            kv,
         };
         attention(&inputs, attn, rope)
     }
@@ -243,7 +262,16 @@ impl Block {
     /// # Errors
     /// If the inputs do not fit, or the device fails.
     pub fn after_mlp(&self, residual: &Tensor, middle: &Tensor) -> Result<Tensor, DecoderError> {
-        ops::add(residual, &self.linear(Role::Down, middle)?)
+        Ok(self.after_mlp_with_output(residual, middle)?.0)
+    }
+
+    /// [`Block::after_mlp`], and beside it what down itself made, its bias included.
+    ///
+    /// # Errors
+    /// As [`Block::after_mlp`].
+    pub fn after_mlp_with_output(&self, residual: &Tensor, middle: &Tensor) -> Result<(Tensor, Tensor), DecoderError> {
+        let output = self.linear(Role::Down, middle)?;
+        Ok((ops::add(residual, &output)?, output))
     }
 
     fn norm(&self, x: &Tensor, norm: &NormSpec) -> Result<Tensor, DecoderError> {

@@ -25,6 +25,7 @@ impl Block {
             windows,
             q_norm: attn.q_norm.as_ref().map(|norm| self.weight_of(norm).map(|w| (norm, w))).transpose()?,
             k_norm: attn.k_norm.as_ref().map(|norm| self.weight_of(norm).map(|w| (norm, w))).transpose()?,
+            kv: None,
         };
         let heads = composed(&inputs, attn, rope)?;
         let residual = (residual + self.linear_differentiable(Role::O, &heads)?)?;

@@ -1,6 +1,6 @@
 //! The damped, ordered and factored Gram matrix of one input.
 
-use lite_linalg::{FactorError, Mat, Threads, apply_inverse, gemm, gptq_factor_f64, gptq_factor_in_place};
+use lite_linalg::{FactorError, Mat, Threads, apply_inverse, gemm, gemm_into, gptq_factor_f64, gptq_factor_in_place};
 use rayon::prelude::*;
 
 use crate::{Fallback, GptqError, GptqSettings, NearestReason};
@@ -51,7 +51,7 @@ impl<'a> Hessian<'a> {
     ) -> Result<Self, GptqError> {
         settings.check()?;
         let k = in_features;
-        check_square("Gram matrix", gram, k)?;
+        check_finite("Gram matrix", gram, k, k)?;
         let diagonal: Vec<f32> = (0..k).map(|i| gram[i * k + i]).collect();
         if let Some(channel) = diagonal.iter().position(|&d| d < 0.0) {
             return Err(GptqError::NegativeDiagonal { channel, value: diagonal[channel] });
@@ -160,11 +160,41 @@ impl<'a> Hessian<'a> {
     /// Lengths that do not fit, NaN or Inf in `cross`, a Gram matrix that was not factored.
     pub fn error_aware_target(&self, weight: &[f32], cross: &[f32]) -> Result<Vec<f32>, GptqError> {
         let k = self.in_features;
-        check_square("cross-Gram matrix", cross, k)?;
+        check_finite("cross-Gram matrix", cross, k, k)?;
+        let rows = self.rows(weight)?;
+        let mut shift = vec![0f32; k * k];
+        shift.par_iter_mut().zip(cross).zip(self.gram).for_each(|((s, c), g)| *s = c - g);
+        self.shifted(weight, gemm(Mat::new(weight, rows, k), Mat::new(&shift, k, k), Threads::All))
+    }
+
+    /// The same target from the float model's outputs: `product` is `(X̃Wᵀ)ᵀX / T`, `[N, K]`, bias left out. It is
+    /// `W·C` without C, which costs less to gather where N is smaller than K.
+    ///
+    /// # Errors
+    /// As [`Hessian::error_aware_target`].
+    pub fn error_aware_target_from_outputs(&self, weight: &[f32], product: &[f32]) -> Result<Vec<f32>, GptqError> {
+        let k = self.in_features;
+        let rows = self.rows(weight)?;
+        check_finite("product of outputs and inputs", product, rows, k)?;
+        let mut drift = product.to_vec();
+        let (weights, gram) = (Mat::new(weight, rows, k), Mat::new(self.gram, k, k));
+        gemm_into(&mut drift, k, 1.0, -1.0, weights, gram, Threads::All);
+        self.shifted(weight, drift)
+    }
+
+    /// Rows of `weight`.
+    fn rows(&self, weight: &[f32]) -> Result<usize, GptqError> {
+        let k = self.in_features;
         let rows = weight.len().checked_div(k).unwrap_or(0);
         if rows * k != weight.len() {
             return Err(GptqError::Length { what: "weight", found: weight.len(), wanted: rows * k });
         }
+        Ok(rows)
+    }
+
+    /// `W + drift · (G + λI)⁻¹`, with `drift = W(C − G)`.
+    fn shifted(&self, weight: &[f32], drift: Vec<f32>) -> Result<Vec<f32>, GptqError> {
+        let k = self.in_features;
         let factor = match (&self.factor, self.fallback) {
             (Some(factor), _) => factor,
             (None, Fallback::Nearest { reason: NearestReason::NotFactored(reason) }) => {
@@ -173,10 +203,6 @@ impl<'a> Hessian<'a> {
             // No token: X is zero, so is C, and W stays.
             (None, _) => return Ok(weight.to_vec()),
         };
-        let mut shift = vec![0f32; k * k];
-        shift.par_iter_mut().zip(cross).zip(self.gram).for_each(|((s, c), g)| *s = c - g);
-        let drift = gemm(Mat::new(weight, rows, k), Mat::new(&shift, k, k), Threads::All);
-        drop(shift);
         let mut ordered = vec![0f32; drift.len()];
         ordered.par_chunks_mut(k).zip(drift.par_chunks(k)).for_each(|(ordered, drift)| {
             ordered.iter_mut().zip(&self.order).for_each(|(o, &channel)| *o = drift[channel]);
@@ -192,9 +218,9 @@ impl<'a> Hessian<'a> {
     }
 }
 
-/// Checks that `matrix` is `[k, k]` and finite.
-fn check_square(what: &'static str, matrix: &[f32], k: usize) -> Result<(), GptqError> {
-    let wanted = k.saturating_mul(k);
+/// Checks that `matrix` is `[rows, k]` and finite.
+fn check_finite(what: &'static str, matrix: &[f32], rows: usize, k: usize) -> Result<(), GptqError> {
+    let wanted = rows.saturating_mul(k);
     if matrix.len() != wanted {
         return Err(GptqError::Length { what, found: matrix.len(), wanted });
     }

@@ -66,6 +66,32 @@ fn the_order_of_columns_does_not_matter() {
 }
 
 #[test]
+fn outputs_tell_the_same_as_inputs() {
+    let (float, seen) = inputs();
+    let (weight, gram, cross) = (noise(N * K, 28), gram(&seen, K), cross(&float, &seen));
+    // (X̃Wᵀ)ᵀX / T, from the tokens and not from the cross-Gram matrix.
+    let outputs = gemm(Mat::new(&float, TOKENS, K), Mat::new(&weight, N, K).t(), Threads::One);
+    let mut product = gemm(Mat::new(&outputs, TOKENS, N).t(), Mat::new(&seen, TOKENS, K), Threads::One);
+    product.iter_mut().for_each(|p| *p /= TOKENS as f32);
+    let hessian = Hessian::new(&gram, K, &GptqSettings::default()).unwrap();
+    let (a, b) = (
+        hessian.error_aware_target(&weight, &cross).unwrap(),
+        hessian.error_aware_target_from_outputs(&weight, &product).unwrap(),
+    );
+    assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-3), "same up to rounding");
+    assert!(a != weight);
+    assert!(matches!(
+        hessian.error_aware_target_from_outputs(&weight, &product[1..]),
+        Err(GptqError::Length { what: "product of outputs and inputs", .. })
+    ));
+    product[K + 3] = f32::NAN;
+    assert!(matches!(
+        hessian.error_aware_target_from_outputs(&weight, &product),
+        Err(GptqError::NotFinite { row: 1, column: 3, .. })
+    ));
+}
+
+#[test]
 fn equal_inputs_keep_the_weight() {
     let (_, seen) = inputs();
     let (weight, gram) = (noise(N * K, 26), gram(&seen, K));

@@ -189,7 +189,7 @@ impl RopeSpec {
 
     /// The `rotary_dim/2` frequencies (radians per position) for sequences of `tokens`, and the factor on
     /// cosine and sine. Rounded to f32 where transformers does.
-    pub(crate) fn frequencies(&self, tokens: usize) -> (Vec<f32>, f32) {
+    pub fn frequencies(&self, tokens: usize) -> (Vec<f32>, f32) {
         let dim = self.rotary_dim as f64;
         let half = self.rotary_dim / 2;
         // θ^(2i/dim), in f32 like the reference.
