@@ -170,12 +170,7 @@ pub fn eval_windows(
     if spec.construction == Construction::Builtin {
         return held_out(tokenizer, windows, seqlen);
     }
-    if spec.sources.iter().all(|s| s.eval_files.is_empty()) {
-        return Err(CalibError::Unsupported(format!(
-            "`{}` has no evaluation split; use wikitext2, ptb, c4, builtin or the path of a text file",
-            spec.name
-        )));
-    }
+    has_eval_split(&spec)?;
     let files = fetch_all(&spec, fetch, true)?;
     let fields = Fields::of(spec.content, spec.column.as_deref(), &spec.roles);
     let (documents, files) = read_all(&files, &fields, spec.eval_rows)?;
@@ -192,6 +187,17 @@ pub fn eval_windows(
         tokens_available: ids.len() as u64,
     };
     some_windows(&ids, windows, seqlen, source, Vec::new())
+}
+
+/// Refuses a set without an evaluation split.
+pub(crate) fn has_eval_split(spec: &DatasetSpec) -> Result<(), CalibError> {
+    if spec.sources.iter().all(|s| s.eval_files.is_empty()) {
+        return Err(CalibError::Unsupported(format!(
+            "`{}` has no evaluation split; use wikitext2, ptb, c4, builtin or the path of a text file",
+            spec.name
+        )));
+    }
+    Ok(())
 }
 
 /// As many windows as there are, at least one.
@@ -220,21 +226,10 @@ fn local(
     seqlen: usize,
     all: bool,
 ) -> Result<Windows, CalibError> {
-    let path = Path::new(name);
-    if name.contains("://") {
-        return Err(CalibError::Unsupported(format!("`{name}` is an address; download the file and pass its path")));
-    }
-    if !path.try_exists().map_err(|e| CalibError::io(path, e))? {
-        return Err(CalibError::UnknownDataset { name: name.to_owned(), known: known_names()? });
-    }
-    let (paths, passed) = files_of(path)?;
-    let named: Vec<_> = paths.into_iter().map(|p| (p.display().to_string(), p)).collect();
-    let (documents, files) = read_all(&named, &Fields::Any, None)?;
+    let LocalText { documents, files, notes } = local_documents(name)?;
     let needed = samples.saturating_mul(seqlen);
     let mut stream = tokenise(&documents, tokenizer, name, Refused::Error, needed)?;
-    if !passed.is_empty() {
-        stream.notes.push(format!("{} files of the folder were passed over: {}", passed.len(), list(&passed)));
-    }
+    stream.notes.extend(notes);
     let found = stream.ids.len();
     if all && found < needed {
         return Err(too_little(name, found as u64, samples, seqlen));
@@ -247,6 +242,33 @@ fn local(
         tokens_available: found as u64,
     };
     some_windows(&stream.ids, samples, seqlen, source, stream.notes)
+}
+
+/// What a file or folder holds.
+pub(crate) struct LocalText {
+    pub(crate) documents: Vec<Document>,
+    pub(crate) files: Vec<SourceFile>,
+    /// What there is to say about them.
+    pub(crate) notes: Vec<String>,
+}
+
+/// The documents of a file or folder.
+pub(crate) fn local_documents(name: &str) -> Result<LocalText, CalibError> {
+    let path = Path::new(name);
+    if name.contains("://") {
+        return Err(CalibError::Unsupported(format!("`{name}` is an address; download the file and pass its path")));
+    }
+    if !path.try_exists().map_err(|e| CalibError::io(path, e))? {
+        return Err(CalibError::UnknownDataset { name: name.to_owned(), known: known_names()? });
+    }
+    let (paths, passed) = files_of(path)?;
+    let named: Vec<_> = paths.into_iter().map(|p| (p.display().to_string(), p)).collect();
+    let (documents, files) = read_all(&named, &Fields::Any, None)?;
+    let mut notes = Vec::new();
+    if !passed.is_empty() {
+        notes.push(format!("{} files of the folder were passed over: {}", passed.len(), list(&passed)));
+    }
+    Ok(LocalText { documents, files, notes })
 }
 
 /// The built-in corpus in place of a default set that cannot be had; one line says both facts.
@@ -319,7 +341,11 @@ fn describe(spec: &DatasetSpec, seed: u64) -> String {
 }
 
 /// All files of a set from the first place that has them: names inside the repository, and local paths.
-fn fetch_all(spec: &DatasetSpec, fetch: &dyn DatasetFetcher, eval: bool) -> Result<Vec<(String, PathBuf)>, CalibError> {
+pub(crate) fn fetch_all(
+    spec: &DatasetSpec,
+    fetch: &dyn DatasetFetcher,
+    eval: bool,
+) -> Result<Vec<(String, PathBuf)>, CalibError> {
     let mut first: Option<CalibError> = None;
     for source in &spec.sources {
         let names = if eval { &source.eval_files } else { &source.files };
@@ -355,7 +381,8 @@ fn fetch_all(spec: &DatasetSpec, fetch: &dyn DatasetFetcher, eval: bool) -> Resu
     Err(first.unwrap_or_else(|| CalibError::Unsupported(format!("`{}` has no files on the hub", spec.name))))
 }
 
-fn read_all(
+/// All documents of some files, and the files with their hashes.
+pub(crate) fn read_all(
     files: &[(String, PathBuf)],
     fields: &Fields,
     rows: Option<usize>,

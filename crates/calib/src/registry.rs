@@ -58,6 +58,9 @@ pub struct DatasetSpec {
     /// For evaluation: only this many rows from the start.
     #[serde(default)]
     pub eval_rows: Option<usize>,
+    /// For evaluation: at most this many windows where nobody says how many.
+    #[serde(default)]
+    pub eval_windows: Option<usize>,
     /// For evaluation: what joins the rows. Two newlines if absent.
     #[serde(default)]
     pub eval_join: Option<String>,

@@ -3,6 +3,7 @@
 mod footer;
 mod json;
 mod parquet;
+mod rows;
 mod text;
 
 use std::fs::File;
@@ -15,6 +16,7 @@ use crate::document::{Document, Fields};
 use crate::error::CalibError;
 
 pub(crate) use self::parquet::{ParquetInput, read as read_parquet};
+pub(crate) use self::rows::each_row;
 
 /// Bounds on what is read, so that a small hostile file cannot fill the memory.
 #[derive(Debug, Clone, Copy)]

@@ -34,6 +34,21 @@ pub(crate) fn read(
     fields: &Fields,
     into: &mut Collector,
 ) -> Result<(), CalibError> {
+    if into.is_full() {
+        return Ok(());
+    }
+    let wants = |column: &str| fields.wants(column);
+    read_rows(input, name, &wants, &fields.wanted(), &mut |row| into.push(fields.document(row)?))
+}
+
+/// Hands each row's wanted columns to `sink`, until that says that it has enough; `wanted` describes the columns.
+pub(super) fn read_rows(
+    input: ParquetInput<'_>,
+    name: &str,
+    wants: &dyn Fn(&str) -> bool,
+    wanted: &str,
+    sink: &mut dyn FnMut(Map<String, Value>) -> Result<bool, String>,
+) -> Result<(), CalibError> {
     let result = match input {
         ParquetInput::Path(path) => {
             let file = File::open(path).map_err(|e| CalibError::io(path, e))?;
@@ -41,9 +56,9 @@ pub(crate) fn read(
             if !meta.is_file() {
                 return Err(CalibError::Unsupported(format!("`{}` is not a regular file", path.display())));
             }
-            guard(|| rows(file, name, fields, into))
+            guard(|| rows(file, name, wants, wanted, sink))
         }
-        ParquetInput::Embedded(bytes) => guard(|| rows(Bytes::from_static(bytes), name, fields, into)),
+        ParquetInput::Embedded(bytes) => guard(|| rows(Bytes::from_static(bytes), name, wants, wanted, sink)),
     };
     // The crate asserts on odd schemas and expects every row group to be there: damage can surface as a panic.
     result.unwrap_or_else(|panic| Err(damaged(name, &panic)))
@@ -59,14 +74,15 @@ fn damaged(name: &str, detail: &str) -> CalibError {
 fn rows<R: ChunkReader + Length + 'static>(
     input: R,
     name: &str,
-    fields: &Fields,
-    into: &mut Collector,
+    wants: &dyn Fn(&str) -> bool,
+    wanted: &str,
+    sink: &mut dyn FnMut(Map<String, Value>) -> Result<bool, String>,
 ) -> Result<(), CalibError> {
     let broken = |e: ParquetError| damaged(name, &e.to_string());
     check_footer(&input, name)?;
     let reader = SerializedFileReader::new(input).map_err(broken)?;
     let schema = reader.metadata().file_metadata().schema();
-    let columns: Vec<_> = schema.get_fields().iter().filter(|f| fields.wants(f.name())).cloned().collect();
+    let columns: Vec<_> = schema.get_fields().iter().filter(|f| wants(f.name())).cloned().collect();
     if columns.is_empty() {
         let mut found: Vec<_> = schema.get_fields().iter().take(24).map(|f| format!("`{}`", f.name())).collect();
         if found.is_empty() {
@@ -74,20 +90,16 @@ fn rows<R: ChunkReader + Length + 'static>(
         }
         return Err(CalibError::bad(
             name,
-            format!("the file has the columns {}; wanted {}", found.join(", "), fields.wanted()),
+            format!("the file has the columns {}; wanted {wanted}", found.join(", ")),
         ));
     }
     let projection: Type = Type::group_type_builder(schema.name()).with_fields(columns).build().map_err(broken)?;
-    if into.is_full() {
-        return Ok(());
-    }
     for (number, row) in reader.get_row_iter(Some(projection)).map_err(broken)?.enumerate() {
         let at = || format!("{name}, row {}", number + 1);
         let row =
             row.map_err(|e| CalibError::bad(at(), format!("cannot be read ({e}); fetch or write the file again")))?;
         let row: Map<String, Value> = row.into_columns().into_iter().map(|(k, v)| (k, value(v))).collect();
-        let document = fields.document(row).map_err(|e| CalibError::bad(at(), e))?;
-        if !into.push(document).map_err(|e| CalibError::bad(at(), e))? {
+        if !sink(row).map_err(|e| CalibError::bad(at(), e))? {
             break;
         }
     }
@@ -119,7 +131,7 @@ fn check_footer<R: ChunkReader + Length>(input: &R, name: &str) -> Result<(), Ca
     }
 }
 
-/// A parquet value as JSON, as far as calibration rows need it: scalars that are not text keep only their kind.
+/// A parquet value as JSON, as far as rows need it: scalars that are neither text nor whole numbers keep only their kind.
 fn value(field: Field) -> Value {
     match field {
         Field::Null => Value::Null,
@@ -129,6 +141,14 @@ fn value(field: Field) -> Value {
         Field::Bytes(bytes) => bytes.as_utf8().map_or(Value::Bool(false), |text| Value::String(text.to_owned())),
         Field::Group(row) => Value::Object(row.into_columns().into_iter().map(|(k, v)| (k, value(v))).collect()),
         Field::ListInternal(list) => Value::Array(list.elements().iter().cloned().map(value).collect()),
+        Field::Byte(n) => n.into(),
+        Field::Short(n) => n.into(),
+        Field::Int(n) => n.into(),
+        Field::Long(n) => n.into(),
+        Field::UByte(n) => n.into(),
+        Field::UShort(n) => n.into(),
+        Field::UInt(n) => n.into(),
+        Field::ULong(n) => n.into(),
         Field::MapInternal(_) => Value::Object(Map::new()),
         _ => Value::from(0),
     }
