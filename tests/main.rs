@@ -3,13 +3,21 @@
 
 mod e2e {
     mod bad_input;
+    mod convert;
     mod determinism;
+    mod eight_bit;
+    mod env;
+    mod eval;
     mod families;
+    mod fp8_source;
+    mod generate;
     mod gptq;
     mod layering;
     mod outputs;
+    mod poison;
     mod quantize;
     mod statistics;
     mod support;
     mod tied;
+    mod verify;
 }

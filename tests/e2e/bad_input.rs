@@ -25,12 +25,6 @@ fn edit_config(dir: &Path, change: impl FnOnce(&mut serde_json::Map<String, serd
     std::fs::write(path, value.to_string()).unwrap();
 }
 
-fn edit_tensor(dir: &Path, name: &str, change: impl FnOnce(&mut Raw)) {
-    let mut all = tensors(dir);
-    change(all.get_mut(name).unwrap());
-    write_tensors(dir, &all, &[("format", "pt")]);
-}
-
 const DOWN: &str = "model.layers.3.mlp.down_proj.weight";
 
 const CASES: &[Case] = &[

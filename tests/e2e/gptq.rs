@@ -158,3 +158,70 @@ fn without_data_there_is_nothing_to_solve_with() {
     assert_eq!(refused.status.code(), Some(2), "{}", String::from_utf8_lossy(&refused.stderr));
     assert!(command(&[]).status.success(), "without an effort it is nearest rounding");
 }
+
+/// A copy of the model whose norm weight `name` (bf16) is `values(channel)`.
+fn with_norm(name: &str, value: impl Fn(usize) -> Option<f32>) -> tempfile::TempDir {
+    let dir = copy_of(&model());
+    edit_tensor(dir.path(), name, |raw| {
+        assert_eq!(raw.dtype, safetensors::Dtype::BF16);
+        for (channel, bytes) in raw.data.chunks_exact_mut(2).enumerate() {
+            if let Some(value) = value(channel) {
+                bytes.copy_from_slice(&half::bf16::from_f32(value).to_le_bytes());
+            }
+        }
+    });
+    dir
+}
+
+#[test]
+fn inputs_without_signal_fall_back_and_are_listed() {
+    let model = with_norm("model.layers.2.post_attention_layernorm.weight", |_| Some(0.0));
+    let dir = tempfile::tempdir().unwrap();
+    let quantize = |flags: &[&str]| {
+        let mut command = lite();
+        command.arg("auto_gptq").arg(model.path()).arg("--work-dir").arg(dir.path().join("out"));
+        command.args(SMALL).args(flags).output().unwrap()
+    };
+    let strict = quantize(&["--no-fallback"]);
+    let stderr = String::from_utf8_lossy(&strict.stderr);
+    assert_eq!(strict.status.code(), Some(6), "{stderr}");
+    assert!(stderr.contains("model.layers.2.mlp.gate_proj") && stderr.contains("no token reached"), "{stderr}");
+    assert_eq!(stderr.matches("the Gram matrix is all zeros").count(), 1, "told once: {stderr}");
+    assert!(!dir.path().join("out/config.json").exists());
+    let output = quantize(&[]);
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for linear in ["gate_proj", "up_proj", "down_proj"] {
+        let line = format!("model.layers.2.mlp.{linear}: rounded to nearest: no token reached this input");
+        assert!(stdout.contains(&line), "no `{line}` in {stdout}");
+    }
+}
+
+#[test]
+fn a_gram_matrix_of_rank_one_is_solved() {
+    let model = with_norm("model.layers.3.input_layernorm.weight", |channel| (channel != 7).then_some(0.0));
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let mut command = lite();
+    let output = command.arg("auto_gptq").arg(model.path()).arg("--work-dir").arg(&out).args(SMALL).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    // Channels that are always zero keep no code of their own: their weights dequantize to zero.
+    let q = decode_gptq(&tensors(&out), "model.layers.3.self_attn.q_proj");
+    let k = 256;
+    assert!(q.iter().all(|v| v.is_finite()));
+    assert!(q.iter().enumerate().all(|(i, v)| i % k == 7 || *v == 0.0));
+    assert!(q.iter().skip(7).step_by(k).any(|v| *v != 0.0));
+}
+
+#[test]
+fn activations_that_overflow_are_named() {
+    let model = with_norm("model.layers.1.post_attention_layernorm.weight", |channel| (channel == 5).then_some(3e38));
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let mut command = lite();
+    let output = command.arg("auto_gptq").arg(model.path()).arg("--work-dir").arg(&out).args(SMALL).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{stderr}");
+    assert!(stderr.contains("block 1") && stderr.contains("NaN or Inf"), "{stderr}");
+    assert!(!out.exists());
+}

@@ -27,7 +27,7 @@ fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
     found
 }
 
-const METHODS: [&str; 2] = ["lite-awq", "lite-gptq"];
+const METHODS: [&str; 3] = ["lite-awq", "lite-gptq", "lite-smoothquant"];
 
 #[test]
 fn methods_know_no_layouts_files_or_tensors() {
@@ -51,14 +51,15 @@ fn layouts_and_the_runtime_know_no_methods() {
 
 #[test]
 fn layers_point_downwards() {
-    let layers: [&[&str]; 7] = [
-        &["lite-linalg"],
+    let layers: [&[&str]; 8] = [
+        &["lite-linalg", "lite-kernels"],
         &["lite-quant", "lite-model"],
         &["lite-calib", "lite-decoder"],
         &["lite-stats"],
-        &["lite-awq", "lite-gptq", "lite-pack", "lite-tune"],
+        &["lite-awq", "lite-gptq", "lite-pack", "lite-smoothquant", "lite-tune"],
         &["lite-runtime"],
         &["lite-job"],
+        &["lite-convert"],
     ];
     let level = |name: &str| layers.iter().position(|layer| layer.contains(&name));
     for (name, needs) in dependencies() {

@@ -138,6 +138,13 @@ pub(crate) fn config(dir: &Path) -> serde_json::Value {
     serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap()
 }
 
+/// Changes one tensor of the model in `dir`.
+pub(crate) fn edit_tensor(dir: &Path, name: &str, change: impl FnOnce(&mut Raw)) {
+    let mut all = tensors(dir);
+    change(all.get_mut(name).unwrap());
+    write_tensors(dir, &all, &[("format", "pt")]);
+}
+
 /// Codes `[N, K]` and zero points `[N, G]` of an AWQ linear, unpacked by AutoAWQ's published order.
 pub(crate) fn decode_awq(tensors: &BTreeMap<String, Raw>, module: &str) -> Vec<f32> {
     let (qweight, qzeros) = (&tensors[&format!("{module}.qweight")], &tensors[&format!("{module}.qzeros")]);

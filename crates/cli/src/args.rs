@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use lite_job::DeviceChoice;
 
 /// Quantize LLM checkpoints offline: one binary, no Python, no GPU needed.
 #[derive(Debug, Parser)]
@@ -32,6 +33,35 @@ pub(crate) enum Command {
 
     /// Run the model on calibration text and keep the statistics, for any number of runs with --stats
     Calibrate(Box<CalibrateArgs>),
+
+    /// Show what a run here has to work with: processor, memory, disk, GPUs, hub
+    Env(crate::commands::env::EnvArgs),
+
+    /// Judge a checkpoint: perplexity, divergence from the original, multiple-choice tasks, limits to keep
+    Eval(Box<crate::commands::eval::EvalArgs>),
+
+    /// Continue a prompt with a checkpoint, quantized or not
+    Generate(Box<crate::commands::generate::GenerateArgs>),
+
+    /// Write a quantized checkpoint in another layout, without loss, or as plain floats
+    Convert(Box<crate::commands::convert::ConvertArgs>),
+
+    /// Show what a checkpoint holds, quantized or not, and what in it does not fit together
+    Inspect(crate::commands::inspect::InspectArgs),
+
+    /// Judge whether a checkpoint on disk is sound: tensors, values, config, engine rules, and against the original
+    Verify(Box<crate::commands::verify::VerifyArgs>),
+
+    /// Round weights to nearest by a scheme's name, without data wherever the scheme needs none; any architecture
+    Rtn(Box<crate::commands::rtn::RtnArgs>),
+
+    /// Quantize weights to fp8 with one scale per block, without data; any architecture
+    #[command(name = "blocked_fp8", visible_alias = "blocked-fp8")]
+    BlockedFp8(Box<crate::commands::blocked_fp8::BlockedFp8Args>),
+
+    /// Quantize weights and activations to 8 bits, outliers moved from activations to weights (SmoothQuant)
+    #[command(name = "smooth_quant", visible_alias = "smooth-quant")]
+    SmoothQuant(Box<crate::commands::smooth_quant::SmoothQuantArgs>),
 
     /// Show what a run would do and cost, and run nothing
     Plan {
@@ -95,13 +125,6 @@ pub(crate) enum Dtype {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Device {
-    Auto,
-    Cpu,
-    Cuda,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Range {
     /// Shrink each group's range to what gives the least output error
     Search,
@@ -136,6 +159,9 @@ pub(crate) struct QuantizeArgs {
 
     #[command(flatten)]
     pub(crate) check: CheckArgs,
+
+    #[command(flatten)]
+    pub(crate) report: crate::commands::report_args::ReportArgs,
 
     #[command(flatten)]
     pub(crate) resources: ResourceArgs,
@@ -216,6 +242,10 @@ pub(crate) struct WeightArgs {
     /// Tensor-parallel degree that the target will use
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub(crate) tp: usize,
+
+    /// Calibrate scales of an fp8 key/value cache too
+    #[arg(long, value_enum, value_name = "TYPE")]
+    pub(crate) kv_cache: Option<crate::commands::scheme_args::KvCache>,
 }
 
 #[derive(Debug, Args)]
@@ -300,9 +330,9 @@ pub(crate) struct CheckArgs {
     #[arg(long, value_name = "NAME|PATH")]
     pub(crate) eval_dataset: Option<String>,
 
-    /// Windows of that text; 0 compares the files only
-    #[arg(long, default_value_t = 16, value_name = "N")]
-    pub(crate) eval_samples: usize,
+    /// Windows of that text; 0 compares the files only [default: 16]
+    #[arg(long, value_name = "N")]
+    pub(crate) eval_samples: Option<usize>,
 
     /// Tokens per window [default: as --calib-seqlen, at most 512]
     #[arg(long, value_name = "TOKENS")]
@@ -320,9 +350,9 @@ pub(crate) struct ResourceArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) download_dir: Option<PathBuf>,
 
-    /// Where the model runs
-    #[arg(long, value_enum, default_value_t = Device::Auto)]
-    pub(crate) device: Device,
+    /// Where the blocks run: `cpu`, `cuda`, `cuda:N`, or `auto` for a GPU if there is one that works [default: auto]
+    #[arg(long, value_parser = device, value_name = "DEVICE")]
+    pub(crate) device: Option<DeviceChoice>,
 
     /// Largest weight file, such as 5GB or 500MB
     #[arg(long, default_value = "5GB", value_parser = bytes, value_name = "SIZE")]
@@ -337,8 +367,20 @@ pub(crate) struct ResourceArgs {
     pub(crate) trust_remote_code: bool,
 }
 
+/// Reads `--device`.
+pub(crate) fn device(text: &str) -> Result<DeviceChoice, String> {
+    let index = |text: &str| text.parse().map_err(|_| format!("`{text}` is no index of a GPU; write cuda:0"));
+    match text.split_once(':') {
+        None if text == "auto" => Ok(DeviceChoice::Auto),
+        None if text == "cpu" => Ok(DeviceChoice::Cpu),
+        None if text == "cuda" => Ok(DeviceChoice::Cuda(0)),
+        Some(("cuda", number)) => index(number).map(DeviceChoice::Cuda),
+        _ => Err(format!("`{text}` is no device; give cpu, cuda, cuda:N or auto")),
+    }
+}
+
 /// Reads `5GB`, `500 MB`, `2GiB`, `1000000`.
-fn bytes(text: &str) -> Result<u64, String> {
+pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     let text = text.trim();
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
@@ -368,6 +410,21 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn devices_are_read() {
+        for (text, wanted) in [
+            ("auto", DeviceChoice::Auto),
+            ("cpu", DeviceChoice::Cpu),
+            ("cuda", DeviceChoice::Cuda(0)),
+            ("cuda:3", DeviceChoice::Cuda(3)),
+        ] {
+            assert_eq!(device(text).unwrap(), wanted);
+        }
+        for text in ["", "gpu", "cuda:", "cuda:-1", "cpu:0", "cuda:1:2", "CUDA:x"] {
+            assert!(device(text).is_err(), "{text}");
+        }
     }
 
     #[test]

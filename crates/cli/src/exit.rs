@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use lite_convert::ConvertError;
 use lite_job::{ErrorKind, JobError};
 use serde_json::json;
 
@@ -22,6 +23,17 @@ fn code(kind: ErrorKind) -> (u8, &'static str) {
     }
 }
 
+/// The failure and its causes; a cause that the text already tells is not told again.
+fn message(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 /// Prints a failure and gives its exit code. A reader of standard output that went away is no failure.
 pub(crate) fn report(error: &anyhow::Error, format: Format) -> ExitCode {
     let broken_pipe = |cause: &(dyn std::error::Error + 'static)| {
@@ -30,13 +42,30 @@ pub(crate) fn report(error: &anyhow::Error, format: Format) -> ExitCode {
     if error.chain().any(broken_pipe) {
         return ExitCode::SUCCESS;
     }
-    let kind = error.chain().find_map(|cause| cause.downcast_ref::<JobError>()).map_or(ErrorKind::Io, JobError::kind);
+    let converting = error.chain().find_map(|cause| cause.downcast_ref::<ConvertError>()).map(ConvertError::kind);
+    let job = || error.chain().find_map(|cause| cause.downcast_ref::<JobError>()).map(JobError::kind);
+    let kind = converting.or_else(job).unwrap_or(ErrorKind::Io);
     let (code, name) = code(kind);
-    let message = format!("{error:#}");
+    let message = message(error);
     if format == Format::Json {
         let line = json!({ "event": "error", "code": code, "kind": name, "message": message });
         let _ = writeln!(std::io::stdout(), "{line}");
     }
     let _ = writeln!(std::io::stderr(), "error: {message}");
     ExitCode::from(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    use super::*;
+
+    #[test]
+    fn causes_are_told_once() {
+        let told = anyhow::anyhow!("no space").context("cannot write `x`: no space (free some)");
+        assert_eq!(message(&told), "cannot write `x`: no space (free some)");
+        let untold = Err::<(), _>(anyhow::anyhow!("no space")).context("cannot write `x`").unwrap_err();
+        assert_eq!(message(&untold), "cannot write `x`: no space");
+    }
 }

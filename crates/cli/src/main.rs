@@ -4,6 +4,7 @@
 mod args;
 mod commands;
 mod exit;
+mod log;
 mod memory;
 mod output;
 mod progress;

@@ -16,3 +16,10 @@ pub(crate) fn resident() -> Option<Resident> {
     };
     Some(Resident { now: field("VmRSS:")?, peak: field("VmHWM:")? })
 }
+
+/// Bytes that new work can take without swapping, from `/proc/meminfo`.
+pub(crate) fn available() -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}

@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
-use lite_job::{Action, Plan, RunReport, StatisticsPlan, StatisticsReport, TensorPlan};
+use lite_job::{Action, Plan, RunReport, StatisticsPlan, StatisticsReport, TensorPlan, scheme_words};
 use lite_model::{Checkpoint, OutputTensor, printable};
 use lite_pack::targets::Verdict;
+use lite_quant::WeightScheme;
+use lite_quant::floats::ScaleKind;
 use serde_json::{Value, json};
 
 use crate::memory::resident;
@@ -178,17 +180,18 @@ pub(crate) fn statistics_plan_json(plan: &StatisticsPlan) -> Value {
 /// The plan for a reader.
 pub(crate) fn plan(out: &mut impl Write, plan: &Plan, checkpoint: &Checkpoint, flops: f64) -> io::Result<()> {
     writeln!(out, "{} ({})", plan.model.display(), printable(&plan.arch))?;
-    let scheme = &plan.scheme;
     writeln!(
         out,
-        "  {} bits, group size {}, {}, {:?} scales; layout {}; {:.2} bits per quantized weight",
-        scheme.bits,
-        scheme.group_size.to_flag(),
-        if scheme.symmetric { "symmetric" } else { "asymmetric" },
-        scheme.scale_dtype,
+        "  {}{}; layout {}; {:.2} bits per quantized weight",
+        scheme_words(&plan.scheme),
+        scale_words(plan),
         plan.layout.name(),
         plan.bits_per_weight()
     )?;
+    if plan.kv_cache.is_some() {
+        let scales: usize = plan.added.iter().map(|tensor| tensor.shape.iter().product::<usize>()).sum();
+        writeln!(out, "  cache fp8 e4m3, {scales} calibrated scales in {} tensors", plan.added.len())?;
+    }
     writeln!(out, "\n  {:<58} {:>16} {:>5} {:>10} {:>10}", "tensors", "shape", "count", "before", "after")?;
     for row in grouped(plan, checkpoint) {
         writeln!(
@@ -264,6 +267,18 @@ pub(crate) fn plan(out: &mut impl Write, plan: &Plan, checkpoint: &Checkpoint, f
     Ok(())
 }
 
+/// The type of the scales, where the scheme's words do not say.
+fn scale_words(plan: &Plan) -> String {
+    let dtype = match plan.scheme.weights {
+        WeightScheme::Int(int) => Some(int.scale_dtype),
+        WeightScheme::Float(float) => match float.scale {
+            ScaleKind::Float(dtype) => Some(dtype),
+            ScaleKind::E8M0 | ScaleKind::E4M3WithGlobal => None,
+        },
+    };
+    dtype.map_or(String::new(), |dtype| format!(", {dtype:?} scales"))
+}
+
 fn share(part: f64, whole: f64) -> f64 {
     if whole > 0.0 { 100.0 * part / whole } else { 0.0 }
 }
@@ -336,8 +351,14 @@ pub(crate) fn plan_json(plan: &Plan) -> Value {
         })
         .collect();
     let memory = &plan.memory;
-    json!({"event": "plan", "schema": 1, "model": plan.model, "architecture": plan.arch, "bits": plan.scheme.bits,
-           "group_size": plan.scheme.group_size.to_flag(), "symmetric": plan.scheme.symmetric, "layout": plan.layout.name(),
+    let int = plan.scheme.weights.int();
+    let bits = match plan.scheme.weights {
+        WeightScheme::Int(int) => int.bits,
+        WeightScheme::Float(float) => float.format.bits(),
+    };
+    json!({"event": "plan", "schema": 1, "model": plan.model, "architecture": plan.arch,
+           "scheme": scheme_words(&plan.scheme), "bits": bits, "group_size": int.map(|int| int.group_size.to_flag()),
+           "symmetric": int.is_none_or(|int| int.symmetric), "kv_cache": plan.kv_cache.map(|_| "fp8"), "layout": plan.layout.name(),
            "bits_per_weight": plan.bits_per_weight(), "windows": plan.windows, "seqlen": plan.seqlen, "batch_size": plan.batch,
            "source_bytes": plan.source_bytes, "output_bytes": plan.output_bytes, "disk_bytes": plan.disk_bytes,
            "disk_free_bytes": plan.disk_free, "memory": {"peak": memory.peak(), "block": memory.block, "grams": memory.grams,

@@ -137,6 +137,7 @@ impl Progress {
             }
             Event::Note(text) => self.say(&format!("note: {text}")),
             Event::Warning(text) => self.say(&format!("warning: {text}")),
+            Event::Opened { .. } => {}
             Event::LayerStarted { block, of } => self.position("layers", *block, *of, String::new()),
             Event::LayerStep { block, step } => {
                 if self.terminal {
@@ -167,7 +168,7 @@ impl Progress {
 }
 
 /// One event as a JSON line. Steps of the check are too many to be of use.
-fn as_json(event: &Event<'_>) -> Option<Value> {
+pub(crate) fn as_json(event: &Event<'_>) -> Option<Value> {
     Some(match event {
         Event::Download { file, done, total } => {
             json!({"event": "download", "file": file, "done": done, "total": total})
@@ -186,7 +187,9 @@ fn as_json(event: &Event<'_>) -> Option<Value> {
         Event::Tuned { block, before, after, kept } => {
             json!({"event": "tuned", "layer": block, "before": before, "after": after, "kept": kept})
         }
-        Event::LayerStarted { .. } | Event::LayerStep { .. } | Event::Checking { .. } => return None,
+        Event::Opened { .. } | Event::LayerStarted { .. } | Event::LayerStep { .. } | Event::Checking { .. } => {
+            return None;
+        }
         Event::Finished(report) => crate::output::report_json(report),
     })
 }

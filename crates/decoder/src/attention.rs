@@ -38,9 +38,13 @@ impl Inputs<'_> {
 }
 
 /// The heads' outputs: `(windows·tokens, heads·head_dim)`.
-pub(crate) fn attention(inputs: &Inputs, spec: &GqaSpec, rope: &Rope) -> Result<Tensor, DecoderError> {
-    let cpu = inputs.projections.iter().all(|(_, x)| x.device().is_cpu());
-    if cpu { on_cpu(inputs, spec, rope) } else { composed(inputs, spec, rope) }
+pub(crate) fn attention(
+    inputs: &Inputs,
+    spec: &GqaSpec,
+    rope: &Rope,
+    by_composition: bool,
+) -> Result<Tensor, DecoderError> {
+    if by_composition { composed(inputs, spec, rope) } else { on_cpu(inputs, spec, rope) }
 }
 
 fn on_cpu(inputs: &Inputs, spec: &GqaSpec, rope: &Rope) -> Result<Tensor, DecoderError> {
@@ -155,13 +159,15 @@ pub(crate) fn composed(inputs: &Inputs, spec: &GqaSpec, rope: &Rope) -> Result<T
         let x = x.unsqueeze(2)?.expand((windows, kv, group, tokens, dim))?;
         Ok(x.reshape((windows, heads, tokens, dim))?)
     };
-    let q = rope.rotate_composed(&by_head(normed(q, inputs.q_norm)?, heads)?)?;
+    // A cache sees whole tokens, `(windows, tokens, heads, dim)`, as it does in `on_cpu`.
     let cached = |part, x: Tensor| -> Result<Tensor, DecoderError> {
         let Some(kv) = inputs.kv else { return Ok(x) };
+        let x = x.transpose(1, 2)?.contiguous()?;
         let mut values = with_cpu_slice(&x, <[f32]>::to_vec)?;
         kv.apply(part, &mut values, dim);
-        Ok(Tensor::from_vec(values, x.dims(), x.device())?)
+        Ok(Tensor::from_vec(values, x.dims(), x.device())?.transpose(1, 2)?.contiguous()?)
     };
+    let q = rope.rotate_composed(&by_head(normed(q, inputs.q_norm)?, heads)?)?;
     let k = rope.rotate_composed(&by_head(normed(k, inputs.k_norm)?, kv)?)?;
     let k = repeated(cached(KvPart::Keys, k)?)?;
     let v = repeated(cached(KvPart::Values, by_head(v, kv)?)?)?;

@@ -4,8 +4,8 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::attention::{Inputs, attention};
 use crate::{
-    AttnSpec, BlockSpec, DecoderError, DecoderSpec, InputId, KvTransform, MlpSpec, NormSpec, Role, Rope, Stream, Tap, WeightSource,
-    ops,
+    AttnSpec, BlockSpec, Compute, DecoderError, DecoderSpec, InputId, KvTransform, MlpSpec, NormSpec, Role, Rope,
+    Stream, Tap, WeightSource, ops,
 };
 
 /// One decoder block with its weights, all f32 on one device.
@@ -13,7 +13,7 @@ use crate::{
 pub struct Block {
     spec: BlockSpec,
     hidden: usize,
-    device: Device,
+    compute: Compute,
     linears: BTreeMap<Role, Linear>,
     /// Norm weights by tensor name.
     vectors: BTreeMap<String, Tensor>,
@@ -29,7 +29,7 @@ struct Linear {
 }
 
 impl Block {
-    /// Reads block `index` of `spec`.
+    /// Reads block `index` of `spec`; `compute` is a [`Compute`], or a [`Device`] for its usual way.
     ///
     /// # Errors
     /// If there is no such block, a tensor cannot be read, or its shape is not the one in `spec`.
@@ -37,8 +37,10 @@ impl Block {
         spec: &DecoderSpec,
         index: usize,
         source: &dyn WeightSource,
-        device: &Device,
+        compute: impl Into<Compute>,
     ) -> Result<Self, DecoderError> {
+        let compute = compute.into();
+        let device = compute.device();
         let block = spec.blocks.get(index).ok_or_else(|| {
             DecoderError::input(format!("block {index} was asked for, the decoder has {}", spec.blocks.len()))
         })?;
@@ -61,7 +63,7 @@ impl Block {
         for norm in attn.q_norm.iter().chain(&attn.k_norm) {
             vector(norm, attn.head_dim)?;
         }
-        Ok(Self { spec: block.clone(), hidden: spec.hidden, device: device.clone(), linears, vectors })
+        Ok(Self { spec: block.clone(), hidden: spec.hidden, compute, linears, vectors })
     }
 
     /// What this block is.
@@ -69,9 +71,14 @@ impl Block {
         &self.spec
     }
 
+    /// Where it runs, and how.
+    pub fn compute(&self) -> &Compute {
+        &self.compute
+    }
+
     /// Where its weights are.
     pub fn device(&self) -> &Device {
-        &self.device
+        self.compute.device()
     }
 
     /// The weight `[out, in]` of a linear.
@@ -213,7 +220,12 @@ impl Block {
         self.attend(normed, rope, None)
     }
 
-    pub(crate) fn attend(&self, normed: &Tensor, rope: &Rope, kv: Option<&dyn KvTransform>) -> Result<Tensor, DecoderError> {
+    pub(crate) fn attend(
+        &self,
+        normed: &Tensor,
+        rope: &Rope,
+        kv: Option<&dyn KvTransform>,
+    ) -> Result<Tensor, DecoderError> {
         let (rows, _) = normed.dims2()?;
         let tokens = rope.tokens().max(1);
         if rows == 0 || rows % tokens != 0 {
@@ -228,7 +240,7 @@ impl Block {
             k_norm: self.head_norm(attn.k_norm.as_ref())?,
             kv,
         };
-        attention(&inputs, attn, rope)
+        attention(&inputs, attn, rope, self.compute.is_composed())
     }
 
     /// The third segment: o and the residual sum, to the residual stream between attention and feed-forward.
@@ -236,7 +248,7 @@ impl Block {
     /// # Errors
     /// If the inputs do not fit, or the device fails.
     pub fn after_attn(&self, residual: &Tensor, heads: &Tensor) -> Result<Tensor, DecoderError> {
-        ops::add(residual, &self.linear(Role::O, heads)?)
+        ops::add(residual, &self.linear(Role::O, heads)?, self.compute.is_composed())
     }
 
     /// The fourth segment: to the input of gate and up ([`Stream::MlpIn`]).
@@ -254,7 +266,7 @@ impl Block {
     pub fn mlp_mid(&self, normed: &Tensor) -> Result<Tensor, DecoderError> {
         let MlpSpec::Gated(mlp) = &self.spec.mlp;
         let parts: Vec<Tensor> = self.apply(Stream::MlpIn, normed)?.into_iter().map(|(_, out)| out).collect();
-        ops::gated(&parts, mlp.intermediate, mlp.activation)
+        ops::gated(&parts, mlp.intermediate, mlp.activation, self.compute.is_composed())
     }
 
     /// The last segment: down and the residual sum, to the block's output `(windows·tokens, hidden)`.
@@ -271,11 +283,11 @@ impl Block {
     /// As [`Block::after_mlp`].
     pub fn after_mlp_with_output(&self, residual: &Tensor, middle: &Tensor) -> Result<(Tensor, Tensor), DecoderError> {
         let output = self.linear(Role::Down, middle)?;
-        Ok((ops::add(residual, &output)?, output))
+        Ok((ops::add(residual, &output, self.compute.is_composed())?, output))
     }
 
     fn norm(&self, x: &Tensor, norm: &NormSpec) -> Result<Tensor, DecoderError> {
-        ops::norm(x, norm, self.norm_weight(norm)?)
+        ops::norm(x, norm, self.norm_weight(norm)?, self.compute.is_composed())
     }
 
     fn head_norm<'a>(&'a self, norm: Option<&'a NormSpec>) -> Result<Option<(&'a NormSpec, &'a Tensor)>, DecoderError> {
@@ -288,7 +300,7 @@ impl Block {
 
     fn linear(&self, role: Role, x: &Tensor) -> Result<Tensor, DecoderError> {
         let linear = self.linears.get(&role).ok_or_else(|| no_linear(self.spec.index, role))?;
-        ops::linear(x, &linear.weight, linear.bias.as_ref())
+        ops::linear(x, &linear.weight, linear.bias.as_ref(), self.compute.is_composed())
     }
 
     /// All linears that read `stream`, in order.

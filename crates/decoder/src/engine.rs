@@ -88,7 +88,8 @@ mod tests {
         let rope = Rope::new(&spec, 9, &Device::Cpu).unwrap();
         let x = Tensor::randn(0f32, 1f32, (2, 9, spec.hidden), &Device::Cpu).unwrap();
         let values = |y: Tensor| with_cpu_slice(&y, <[f32]>::to_vec).unwrap();
-        let engine = |inputs: Option<&dyn InputTransform>| values(block.forward_as_engine(&x, &rope, inputs, None).unwrap());
+        let engine =
+            |inputs: Option<&dyn InputTransform>| values(block.forward_as_engine(&x, &rope, inputs, None).unwrap());
         let plain = values(block.forward(&x, &rope, &mut NoTap).unwrap());
         assert_eq!(engine(None), plain);
         // A doubled input of a linear is a doubled weight.

@@ -113,6 +113,12 @@ pub enum DecoderError {
         /// What was found and what was wanted.
         reason: String,
     },
+    /// The device that was asked for is not there or does not work.
+    #[error("{reason}")]
+    Device {
+        /// What was tried and what came of it.
+        reason: String,
+    },
     /// The checkpoint cannot be read.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -127,7 +133,7 @@ impl DecoderError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::UnsupportedConfig { .. } | Self::UnknownArchitecture { .. } => ErrorKind::Unsupported,
-            Self::Candle(_) => ErrorKind::Resources,
+            Self::Candle(_) | Self::Device { .. } => ErrorKind::Resources,
             Self::Model(error) => match error.kind() {
                 lite_model::ErrorKind::Input => ErrorKind::Input,
                 lite_model::ErrorKind::Unsupported => ErrorKind::Unsupported,

@@ -1,7 +1,7 @@
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use crate::block::{load, load_norm};
-use crate::{DecoderError, DecoderSpec, NormSpec, WeightSource, ops};
+use crate::{Compute, DecoderError, DecoderSpec, NormSpec, WeightSource, ops};
 
 /// The norm between the last block and the head.
 #[derive(Debug, Clone)]
@@ -9,6 +9,7 @@ pub struct FinalNorm {
     spec: NormSpec,
     /// `[hidden]`
     weight: Tensor,
+    composed: bool,
 }
 
 impl FinalNorm {
@@ -16,9 +17,14 @@ impl FinalNorm {
     ///
     /// # Errors
     /// If it cannot be read or has another shape than `[hidden]`.
-    pub fn load(spec: &DecoderSpec, source: &dyn WeightSource, device: &Device) -> Result<Self, DecoderError> {
-        let weight = load_norm(source, &spec.final_norm, spec.hidden, device)?;
-        Ok(Self { spec: spec.final_norm.clone(), weight })
+    pub fn load(
+        spec: &DecoderSpec,
+        source: &dyn WeightSource,
+        compute: impl Into<Compute>,
+    ) -> Result<Self, DecoderError> {
+        let compute = compute.into();
+        let weight = load_norm(source, &spec.final_norm, spec.hidden, compute.device())?;
+        Ok(Self { spec: spec.final_norm.clone(), weight, composed: compute.is_composed() })
     }
 
     /// Normalises the last block's outputs, `(rows, hidden)`.
@@ -30,7 +36,7 @@ impl FinalNorm {
         if hidden != wanted {
             return Err(DecoderError::input(format!("the head was given rows of {hidden} values, wanted {wanted}")));
         }
-        ops::norm(&x.contiguous()?, &self.spec, &self.weight)
+        ops::norm(&x.contiguous()?, &self.spec, &self.weight, self.composed)
     }
 
     /// The weight, `[hidden]`.
@@ -54,10 +60,16 @@ impl Head {
     ///
     /// # Errors
     /// If a tensor cannot be read or has another shape than `spec` says.
-    pub fn load(spec: &DecoderSpec, source: &dyn WeightSource, device: &Device) -> Result<Self, DecoderError> {
+    pub fn load(
+        spec: &DecoderSpec,
+        source: &dyn WeightSource,
+        compute: impl Into<Compute>,
+    ) -> Result<Self, DecoderError> {
+        let compute = compute.into();
+        let device = compute.device();
         let bias = spec.head.bias.as_ref().map(|bias| load(source, bias, &[spec.vocab], device)).transpose()?;
         Ok(Self {
-            norm: FinalNorm::load(spec, source, device)?,
+            norm: FinalNorm::load(spec, source, &compute)?,
             weight: load(source, &spec.head.weight, &[spec.vocab, spec.hidden], device)?,
             bias,
         })
@@ -68,7 +80,7 @@ impl Head {
     /// # Errors
     /// If `x` does not fit, or the device fails.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor, DecoderError> {
-        ops::linear(&self.norm(x)?, &self.weight, self.bias.as_ref())
+        ops::linear(&self.norm(x)?, &self.weight, self.bias.as_ref(), self.norm.composed)
     }
 
     /// The final norm of the last block's outputs `(rows, hidden)`; input of [`Head::logits_chunk`].
@@ -86,7 +98,7 @@ impl Head {
     /// If the range leaves the vocabulary, or the device fails.
     pub fn logits_chunk(&self, normed: &Tensor, start: usize, len: usize) -> Result<Tensor, DecoderError> {
         let bias = self.bias.as_ref().map(|bias| bias.narrow(0, start, len)).transpose()?;
-        ops::linear(normed, &self.weight.narrow(0, start, len)?, bias.as_ref())
+        ops::linear(normed, &self.weight.narrow(0, start, len)?, bias.as_ref(), self.norm.composed)
     }
 
     /// The head's weight `[vocab, hidden]`.

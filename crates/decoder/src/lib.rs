@@ -17,10 +17,12 @@
 
 mod attention;
 mod block;
+mod compute;
 mod differentiable;
 mod embedding;
 mod engine;
 mod error;
+mod gpu;
 mod head;
 mod kernels;
 mod kv;
@@ -31,8 +33,10 @@ mod spec;
 mod tap;
 
 pub use block::Block;
+pub use compute::Compute;
 pub use embedding::Embedding;
 pub use engine::InputTransform;
+pub use gpu::{Gpu, gpus};
 pub use error::{DecoderError, ErrorKind};
 pub use head::{FinalNorm, Head};
 pub use kernels::exp;

@@ -1,4 +1,4 @@
-//! The few operations of a block on tensors: fused kernels on the CPU, composed candle operations elsewhere.
+//! The few operations of a block on tensors: fused kernels on the CPU, or composed candle operations on any device.
 
 use candle_core::{D, DType, Device, Storage, Tensor};
 use lite_linalg::{Mat, Threads, gemm};
@@ -28,10 +28,10 @@ pub fn with_cpu_slice<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R, D
 }
 
 /// Normalises the rows of `x` (`(rows, width)`).
-pub(crate) fn norm(x: &Tensor, spec: &NormSpec, weight: &Tensor) -> Result<Tensor, DecoderError> {
+pub(crate) fn norm(x: &Tensor, spec: &NormSpec, weight: &Tensor, composed: bool) -> Result<Tensor, DecoderError> {
     // The one kind there is.
     let crate::NormKind::Rms = spec.kind;
-    if x.device().is_cpu() {
+    if !composed {
         let out = with_cpu_slice(x, |x| with_cpu_slice(weight, |weight| kernels::rms_norm(x, weight, spec.eps)))??;
         return Ok(Tensor::from_vec(out, x.shape(), x.device())?);
     }
@@ -46,13 +46,18 @@ pub(crate) fn norm_composed(x: &Tensor, spec: &NormSpec, weight: &Tensor) -> Res
 }
 
 /// `x · weightᵀ + bias`: `(rows, in)`, `[out, in]` and `[out]` to `(rows, out)`.
-pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, DecoderError> {
+pub(crate) fn linear(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    composed: bool,
+) -> Result<Tensor, DecoderError> {
     let ((rows, in_features), (out_features, columns)) = (x.dims2()?, weight.dims2()?);
     if in_features != columns {
         let reason = format!("an input of width {in_features} meets a weight of width {columns}");
         return Err(DecoderError::input(reason));
     }
-    if !x.device().is_cpu() {
+    if composed {
         let out = x.matmul(&weight.t()?)?;
         return Ok(match bias {
             Some(bias) => out.broadcast_add(bias)?,
@@ -72,8 +77,8 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
 }
 
 /// `a + b`, of one shape.
-pub(crate) fn add(a: &Tensor, b: &Tensor) -> Result<Tensor, DecoderError> {
-    if !a.device().is_cpu() {
+pub(crate) fn add(a: &Tensor, b: &Tensor, composed: bool) -> Result<Tensor, DecoderError> {
+    if composed {
         return Ok((a + b)?);
     }
     let out = with_cpu_slice(a, |a| with_cpu_slice(b, |b| kernels::add(a, b)))??;
@@ -81,14 +86,19 @@ pub(crate) fn add(a: &Tensor, b: &Tensor) -> Result<Tensor, DecoderError> {
 }
 
 /// `activation(gate) · up`: from two tensors `(rows, width)`, or one `(rows, 2·width)` that holds the gate first.
-pub(crate) fn gated(parts: &[Tensor], width: usize, activation: Activation) -> Result<Tensor, DecoderError> {
+pub(crate) fn gated(
+    parts: &[Tensor],
+    width: usize,
+    activation: Activation,
+    composed: bool,
+) -> Result<Tensor, DecoderError> {
     let Activation::Silu = activation;
     let (gate, up, start) = match parts {
         [both] => (both, both, width),
         [gate, up] => (gate, up, 0),
         _ => return Err(DecoderError::input(format!("{} gate and up projections, wanted 1 or 2", parts.len()))),
     };
-    if !gate.device().is_cpu() {
+    if composed {
         return gated_composed(gate, up, start, width);
     }
     let (rows, stride) = gate.dims2()?;
@@ -122,18 +132,21 @@ mod tests {
         let weight = random(1, 48).squeeze(0).unwrap();
         let spec = NormSpec { weight: String::new(), bias: None, eps: 1e-5, kind: NormKind::Rms };
         let difference =
-            largest_difference(&norm(&x, &spec, &weight).unwrap(), &norm_composed(&x, &spec, &weight).unwrap());
+            largest_difference(&norm(&x, &spec, &weight, false).unwrap(), &norm(&x, &spec, &weight, true).unwrap());
         assert!(difference < 1e-5, "{difference}");
 
-        let stacked = gated(std::slice::from_ref(&x), 24, Activation::Silu).unwrap();
+        let stacked = gated(std::slice::from_ref(&x), 24, Activation::Silu, false).unwrap();
         let parts = [0, 24].map(|start| x.narrow(1, start, 24).unwrap().contiguous().unwrap());
-        assert_eq!(largest_difference(&stacked, &gated(&parts, 24, Activation::Silu).unwrap()), 0.0);
-        assert!(largest_difference(&stacked, &gated_composed(&x, &x, 24, 24).unwrap()) < 1e-5);
+        assert_eq!(largest_difference(&stacked, &gated(&parts, 24, Activation::Silu, false).unwrap()), 0.0);
+        assert!(
+            largest_difference(&stacked, &gated(std::slice::from_ref(&x), 24, Activation::Silu, true).unwrap()) < 1e-5
+        );
 
         let w = random(5, 48);
         let bias = random(1, 5).squeeze(0).unwrap();
         let wanted = x.matmul(&w.t().unwrap()).unwrap().broadcast_add(&bias).unwrap();
-        assert!(largest_difference(&linear(&x, &w, Some(&bias)).unwrap(), &wanted) < 1e-4);
+        assert!(largest_difference(&linear(&x, &w, Some(&bias), false).unwrap(), &wanted) < 1e-4);
+        assert!(largest_difference(&linear(&x, &w, Some(&bias), true).unwrap(), &wanted) < 1e-4);
     }
 
     #[test]

@@ -4,18 +4,19 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use lite_calib::Windows;
-use lite_decoder::{Block, BlockSpec, DecoderError, DecoderSpec, InputId, NoTap, Rope, Tap, with_cpu_slice};
+use lite_decoder::{Block, BlockSpec, DecoderError, DecoderSpec, InputId, NoTap, Rope, Tap};
 use lite_model::{CheckpointWriter, Dtype};
-use lite_quant::ScaleDtype;
+use lite_quant::{ScaleDtype, Weights};
 use lite_stats::{BlockStats, StatsTap};
 
+use crate::batches::{Batch, in_order};
 use crate::check::{Expected, encode_edit};
 use crate::fold::{Edit, missing, tensor, to_vec};
 use crate::hidden::HiddenStates;
-use crate::layer::{Folded, Solved, fold_block, folded_gram, solve_input};
+use crate::layer::{Drift, Folded, Solved, fold_block, folded_gram, solve_input};
 use crate::run::{LayerClock, Runner};
 use crate::source::ModelSource;
-use crate::{JobError, Plan, QuantSite, SiteReport};
+use crate::{JobError, Method, Plan, QuantSite, SiteReport};
 
 /// Largest change of a block's float output that folding may cause: f32 rounding, with room.
 const FOLD_TOLERANCE: f64 = 1e-4;
@@ -70,7 +71,9 @@ impl Runner<'_> {
         let rope = Rope::new(spec, self.plan.seqlen, &self.plan.device)?;
         let pass = Pass { spec, rope, storage: storage_types(self.plan) };
         let mut sink = Sink { writer, expected, reports: BTreeMap::new() };
-        if self.plan.solver.error_aware {
+        if matches!(self.plan.method, Method::SmoothQuant { .. }) || self.recipe.calib.if_needed {
+            self.observed(&pass, &source, hidden, &mut sink)?;
+        } else if self.plan.solver.error_aware {
             self.sequential(&pass, &source, hidden, &mut sink)?;
         } else {
             self.in_parallel(&pass, &source, hidden, &mut sink)?;
@@ -96,6 +99,7 @@ impl Runner<'_> {
             clock.step(index, "round");
             let errors = self.solve_gathered(index, &mut block, &stats, &folded, sink)?;
             drop(stats);
+            self.calibrate_cache(pass, &block, &hidden, sink)?;
             // The last block's outputs feed nothing.
             if index + 1 < pass.spec.blocks.len() {
                 clock.step(index, "propagate");
@@ -123,7 +127,7 @@ impl Runner<'_> {
             let gram = folded_gram(stats, folded, input)
                 .ok_or_else(|| JobError::Input(format!("no statistics were gathered for {input}")))?;
             let weights = self.weights(block, &sites)?;
-            let solved = solve_input(&weights, &gram, None, self.plan)?;
+            let solved = solve_input(&weights, &gram, Drift::None, self.plan)?;
             drop(weights);
             for (site, solved) in sites.iter().zip(&solved) {
                 self.place(block, site, &solved.quantized.dequantize())?;
@@ -193,7 +197,7 @@ impl Runner<'_> {
         Ok(folded)
     }
 
-    fn write_edits(&self, edits: &[Edit], sink: &mut Sink<'_>) -> Result<(), JobError> {
+    pub(crate) fn write_edits(&self, edits: &[Edit], sink: &mut Sink<'_>) -> Result<(), JobError> {
         for edit in edits {
             let data = encode_edit(self.plan, &edit.tensor, &edit.values)?;
             sink.expected.tensor(&edit.tensor, &data);
@@ -224,7 +228,8 @@ impl Runner<'_> {
 
     /// Writes a solved linear and notes how it went.
     pub(crate) fn finish_site(&self, site: &QuantSite, solved: &Solved, sink: &mut Sink<'_>) -> Result<(), JobError> {
-        self.write_linear(&site.module, &solved.quantized, sink.writer, sink.expected)?;
+        let weights = Weights::Int(solved.quantized.clone());
+        self.write_linear(site, &weights, None, sink.writer, sink.expected)?;
         let report = SiteReport::new(site, solved.error, solved.fallback.clone());
         sink.reports.insert(site.module.clone(), report);
         Ok(())
@@ -248,39 +253,59 @@ impl Runner<'_> {
         count: usize,
         width: usize,
     ) -> Result<Tensor, JobError> {
-        tensor(store.read(first, count)?, &[count, self.plan.seqlen, width], &self.plan.device)
+        store.tensor((first, count), &[count, self.plan.seqlen, width], &self.plan.device)
     }
 
-    /// Shows `tap` the inputs of all linears of `block`, for all windows.
-    fn observe(
+    /// Shows `tap` the inputs of all linears of `block`, for all windows, in their order.
+    pub(crate) fn observe(
         &self,
         hidden: &HiddenStates,
         pass: &Pass<'_>,
         block: &Block,
-        tap: &mut impl Tap,
+        tap: &mut (impl Tap + Sync),
     ) -> Result<(), JobError> {
-        for (first, count) in self.batches(hidden.windows()) {
+        let (seqlen, device) = (self.plan.seqlen, &self.plan.device);
+        let mut state = (hidden, tap);
+        let work = |(hidden, _): &(&HiddenStates, _), batch: Batch| {
+            let mut seen = Seen::default();
+            let x = hidden.tensor(batch, &[batch.1, seqlen, pass.spec.hidden], device)?;
+            block.observe(&x, &pass.rope, &mut seen)?;
+            Ok(seen)
+        };
+        in_order(&mut state, self.batches(hidden.windows()), work, |(_, tap), _, seen| {
             self.go_on()?;
-            block.observe(&self.windows(hidden, first, count, pass.spec.hidden)?, &pass.rope, tap)?;
-        }
-        Ok(())
+            Ok(seen.0.iter().try_for_each(|(id, x)| tap.input(*id, x))?)
+        })
     }
 
     /// Replaces the hidden states of all windows by what `block` makes of them.
     pub(crate) fn propagate(&self, hidden: &mut HiddenStates, pass: &Pass<'_>, block: &Block) -> Result<(), JobError> {
-        for (first, count) in self.batches(hidden.windows()) {
+        let (seqlen, device) = (self.plan.seqlen, &self.plan.device);
+        let work = |hidden: &HiddenStates, batch: Batch| {
+            let x = hidden.tensor(batch, &[batch.1, seqlen, pass.spec.hidden], device)?;
+            Ok(block.forward(&x, &pass.rope, &mut NoTap)?)
+        };
+        in_order(hidden, self.batches(hidden.windows()), work, |hidden, (first, _), y| {
             self.go_on()?;
-            let x = self.windows(hidden, first, count, pass.spec.hidden)?;
-            let y = block.forward(&x, &pass.rope, &mut NoTap)?;
-            with_cpu_slice(&y, |values| hidden.write(first, values))??;
-        }
-        Ok(())
+            hidden.keep(first, &y)
+        })
     }
 
     /// First window and number of windows of each batch.
-    pub(crate) fn batches(&self, windows: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+    pub(crate) fn batches(&self, windows: usize) -> impl Iterator<Item = Batch> + use<> {
         let batch = self.plan.batch;
         (0..windows).step_by(batch).map(move |first| (first, batch.min(windows - first)))
+    }
+}
+
+/// The inputs of all linears of one batch, in the order they were met.
+#[derive(Default)]
+struct Seen(Vec<(InputId, Tensor)>);
+
+impl Tap for Seen {
+    fn input(&mut self, at: InputId, x: &Tensor) -> Result<(), DecoderError> {
+        self.0.push((at, x.clone()));
+        Ok(())
     }
 }
 
@@ -315,7 +340,7 @@ pub(crate) fn storage_types(plan: &Plan) -> BTreeMap<&str, ScaleDtype> {
 }
 
 /// A block's float output must not change by folding.
-fn check_fold(block: usize, input: &Tensor, before: &Tensor, after: &Tensor) -> Result<(), JobError> {
+pub(crate) fn check_fold(block: usize, input: &Tensor, before: &Tensor, after: &Tensor) -> Result<(), JobError> {
     let norms = || -> Result<(f64, f64), candle_core::Error> {
         let square = |t: Tensor| t.sqr()?.sum_all()?.to_scalar::<f32>().map(f64::from);
         Ok((square((after - before)?)?, square((before - input)?)?))

@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use lite_calib::Windows;
 use lite_decoder::DecoderSpec;
 use lite_model::{Checkpoint, printable};
-use lite_quant::QuantizedLinear;
-use lite_runtime::{Comparison, QuantizedCheckpoint, QuantizedSource, compare};
+use lite_quant::{InputQuantization, Weights};
+use lite_runtime::{Comparison, Engine, QuantizedCheckpoint, QuantizedSource, Subject, compare_subjects};
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use crate::passthrough::encode;
+use crate::run::PART;
 use crate::source::ModelSource;
 use crate::{Action, JobError, Plan, QuantSite};
 
@@ -43,21 +45,42 @@ pub struct CheckReport {
     pub comparison: Option<Comparison>,
 }
 
-/// A fingerprint of codes, scales and zero points.
-pub(crate) fn fingerprint(linear: &QuantizedLinear) -> [u8; 32] {
+/// A fingerprint of codes, scales and zero points, and of the input's scale.
+pub(crate) fn fingerprint(weights: &Weights, input: Option<&InputQuantization>) -> [u8; 32] {
     let mut hash = Sha256::new();
-    let scheme = &linear.scheme;
-    // Not the symmetry: a layout that stores zero points reads a symmetric weight back as what it is, one
-    // whose zero points all happen to be in the middle.
-    hash.update([scheme.bits]);
-    for number in [linear.out_features as i64, linear.in_features as i64, scheme.group_size.to_flag()] {
-        hash.update(number.to_le_bytes());
+    let (n, k) = weights.shape();
+    hash.update((n as u64).to_le_bytes());
+    hash.update((k as u64).to_le_bytes());
+    let floats = |values: &[f32]| digest(&values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
+    match weights {
+        Weights::Int(linear) => {
+            // Not the symmetry: a layout that stores zero points reads a symmetric weight back as what it is, one
+            // whose zero points all happen to be in the middle.
+            hash.update([0, linear.scheme.bits]);
+            hash.update(linear.scheme.group_size.to_flag().to_le_bytes());
+            hash.update(digest(&linear.codes));
+            hash.update(floats(&linear.scales));
+            hash.update(digest(&linear.zeros));
+        }
+        Weights::Float(linear) => {
+            hash.update([1, linear.scheme.format.bits()]);
+            hash.update(digest(&linear.codes));
+            hash.update(floats(&linear.scales));
+            hash.update(linear.global_scale.to_le_bytes());
+        }
     }
-    hash.update(&linear.codes);
-    for scale in &linear.scales {
-        hash.update(scale.to_le_bytes());
+    if let Some(input) = input {
+        hash.update(input.scale.to_le_bytes());
+        hash.update(input.zero_point.to_le_bytes());
     }
-    hash.update(&linear.zeros);
+    hash.finalize().into()
+}
+
+/// SHA-256 over the SHA-256 of each MiB, all cores at work.
+fn digest(bytes: &[u8]) -> [u8; 32] {
+    let parts: Vec<[u8; 32]> = bytes.par_chunks(1 << 20).map(|part| Sha256::digest(part).into()).collect();
+    let mut hash = Sha256::new();
+    parts.iter().for_each(|part| hash.update(part));
     hash.finalize().into()
 }
 
@@ -72,7 +95,7 @@ pub(crate) struct Expected {
 
 impl Expected {
     pub(crate) fn tensor(&mut self, name: &str, data: &[u8]) {
-        self.tensors.insert(name.to_owned(), Sha256::digest(data).into());
+        self.tensors.insert(name.to_owned(), digest(data));
     }
 }
 
@@ -99,8 +122,8 @@ pub(crate) fn check_tensors(
         match &row.action {
             Action::Quantize { site } => {
                 let site = &plan.sites[*site];
-                let linear = written.linear(&site.module, site.out_features, site.in_features)?;
-                if expected.linears.get(&site.module) != Some(&fingerprint(&linear)) {
+                let found = written.linear(&site.module, site.out_features, site.in_features)?;
+                if expected.linears.get(&site.module) != Some(&fingerprint(&found.weights, found.input.as_ref())) {
                     return Err(differs(&site.module, "codes, scales or zero points"));
                 }
                 let names: Vec<String> = row.outputs.iter().map(|o| o.name.clone()).collect();
@@ -110,8 +133,18 @@ pub(crate) fn check_tensors(
                 for output in &row.outputs {
                     let view = out.tensor(&output.name)?;
                     let same = match expected.tensors.get(&output.name) {
-                        Some(hash) => *hash == <[u8; 32]>::from(Sha256::digest(view.data)),
-                        None => view.data == source.tensor(&row.source)?.data,
+                        Some(hash) => *hash == digest(view.data),
+                        None => {
+                            let original = source.tensor(&row.source)?.data;
+                            let mut parts = original.chunks(PART).zip(view.data.chunks(PART)).enumerate();
+                            // Pages are let go once they are compared.
+                            let equal = |(i, (a, b)): (usize, (&[u8], &[u8]))| {
+                                out.release_part(&output.name, 0..i * PART);
+                                source.release_part(&row.source, 0..i * PART);
+                                a == b
+                            };
+                            original.len() == view.data.len() && parts.all(equal)
+                        }
                     };
                     if !same || view.dtype != output.dtype || view.shape != output.shape {
                         return Err(differs(&output.name, "values"));
@@ -124,6 +157,15 @@ pub(crate) fn check_tensors(
             Action::Drop { .. } => {}
         }
     }
+    for output in &plan.added {
+        let view = out.tensor(&output.name)?;
+        let same = expected.tensors.get(&output.name) == Some(&digest(view.data));
+        if !same || view.dtype != output.dtype || view.shape != output.shape {
+            return Err(differs(&output.name, "values"));
+        }
+        plain += 1;
+    }
+    wanted += plan.added.len();
     let found = out.names().count();
     if found != wanted {
         return Err(JobError::Verification(format!("the output holds {found} tensors, {wanted} were planned")));
@@ -131,12 +173,14 @@ pub(crate) fn check_tensors(
     Ok((expected.linears.len(), plain))
 }
 
-/// Both models on `windows`, the original from `source`, the quantized one from the staged folder.
+/// Both models on `windows`: the original from `source`, the quantized one from the staged folder, as an engine computes
+/// with its activations and cache.
 pub(crate) fn compare_models(
     plan: &Plan,
     spec: &DecoderSpec,
     source: &Checkpoint,
     written: &QuantizedCheckpoint,
+    engine: &Engine,
     windows: &Windows,
     progress: &dyn Fn(&'static str, usize, usize) -> bool,
 ) -> Result<Comparison, JobError> {
@@ -146,7 +190,10 @@ pub(crate) fn compare_models(
     let original = ModelSource::new(source, spec);
     let quantized = QuantizedSource::new(written, &shape_of);
     let batch = plan.batch_for(windows.tokens.first().map_or(1, Vec::len));
-    Ok(compare(spec, &original, &quantized, &windows.tokens, batch, &plan.device, progress)?)
+    let subject = |name, source, engine| Subject { name, spec, source, kv: None, engine };
+    let original = subject("original", &original as &dyn lite_decoder::WeightSource, None);
+    let quantized = subject("quantized", &quantized, Some(engine));
+    Ok(compare_subjects(&original, &quantized, &windows.tokens, batch, &plan.device, progress)?)
 }
 
 /// The bytes of a rescaled vector, as the plan writes it.

@@ -11,6 +11,7 @@ use lite_pack::PackError;
 use lite_pack::targets::RuleViolation;
 use lite_quant::QuantError;
 use lite_runtime::RuntimeError;
+use lite_smoothquant::SmoothQuantError;
 use lite_stats::StatsError;
 use thiserror::Error;
 
@@ -107,6 +108,16 @@ pub enum JobError {
         /// Why not.
         source: AwqError,
     },
+    /// Scales that move outliers to weights could not be found.
+    #[error("block {block}, {input}: {source}")]
+    Smooth {
+        /// Block index.
+        block: usize,
+        /// Which input.
+        input: String,
+        /// Why not.
+        source: SmoothQuantError,
+    },
     /// A linear could not be solved.
     #[error("`{module}`: {source}")]
     Gptq {
@@ -154,7 +165,10 @@ impl JobError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Usage(_) => ErrorKind::Usage,
-            Self::Input(_) | Self::Tensor { .. } | Self::Awq { .. } | Self::Stats(_) => ErrorKind::Input,
+            Self::Stats(StatsError::Device(_)) => ErrorKind::Resources,
+            Self::Input(_) | Self::Tensor { .. } | Self::Awq { .. } | Self::Smooth { .. } | Self::Stats(_) => {
+                ErrorKind::Input
+            }
             Self::Unsupported(_) | Self::Target { .. } => ErrorKind::Unsupported,
             Self::Resources(_) => ErrorKind::Resources,
             Self::State(_) => ErrorKind::State,
@@ -184,6 +198,7 @@ impl JobError {
             },
             Self::Decoder(error) => match error.kind() {
                 lite_decoder::ErrorKind::Unsupported => ErrorKind::Unsupported,
+                lite_decoder::ErrorKind::Resources => ErrorKind::Resources,
                 _ => ErrorKind::Input,
             },
             Self::Pack(error) => match error.kind() {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use lite_decoder::BlockSpec;
 use lite_stats::StatsTap;
 
+use crate::batches::IN_FLIGHT;
 use crate::{QuantSite, Rounding, Solver};
 
 /// Memory of a run, bytes. The peak does not depend on the number of blocks.
@@ -18,6 +19,9 @@ pub struct MemoryEstimate {
     pub grams: u64,
     /// Hidden states of all calibration windows, in memory or (see `spooled`) in a file.
     pub hidden: u64,
+    /// The quantized model's input of down for all windows, kept from the pass that gathers it to the pass that leaves
+    /// the block; 0 where it is computed again, for want of room.
+    pub middle: u64,
     /// Whether the hidden states are in a file.
     pub spooled: bool,
     /// Activations of one batch while a block runs.
@@ -32,7 +36,7 @@ impl MemoryEstimate {
     /// Peak of the whole run.
     pub fn peak(&self) -> u64 {
         let hidden = if self.spooled { 0 } else { self.hidden };
-        let work = self.block + self.grams + hidden + self.activations.max(self.solve);
+        let work = self.block + self.grams + hidden + self.middle + self.activations.max(self.solve);
         self.base + work.max(self.check)
     }
 }
@@ -60,6 +64,9 @@ impl Work {
 /// Program, thread stacks and tokenizer tables.
 const BASE: u64 = 48 << 20;
 
+/// Panels read ahead, panels in f32, parts of plain tensors of two files.
+const STREAMED: u64 = 192 << 20;
+
 /// The shapes that cost depends on.
 pub(crate) struct Costs<'a> {
     pub(crate) sites: &'a [QuantSite],
@@ -72,6 +79,8 @@ pub(crate) struct Costs<'a> {
     pub(crate) eval_windows: usize,
     pub(crate) eval_seqlen: usize,
     pub(crate) search: bool,
+    /// Whether Gram matrices are made.
+    pub(crate) grams: bool,
     pub(crate) solver: Solver,
     pub(crate) source_bytes_per_weight: u64,
 }
@@ -92,7 +101,7 @@ impl Costs<'_> {
         let block = self.by_block().values().map(|sites| weights(sites)).max().unwrap_or(0);
         let largest = self.sites.iter().map(|s| s.out_features as u64 * s.in_features as u64).max().unwrap_or(0);
         let calibrated = self.windows > 0;
-        let grams = self.blocks.iter().map(StatsTap::gram_bytes).max().unwrap_or(0);
+        let grams = if self.grams { self.blocks.iter().map(StatsTap::gram_bytes).max().unwrap_or(0) } else { 0 };
         let widest = self.sites.iter().map(|s| s.in_features as u64).max().unwrap_or(0);
         // Folding copies the consumers of one input twice; rounding holds a copy, codes, the way back and
         // the packed bytes of one linear. Either way two Gram matrices of the widest input.
@@ -107,7 +116,7 @@ impl Costs<'_> {
             })
             .max()
             .unwrap_or(0);
-        let solve = (largest * 15).max(consumers * 13) + if calibrated { widest * widest * 4 } else { 0 };
+        let solve = (largest * 15).max(consumers * 13) + if calibrated && self.grams { widest * widest * 4 } else { 0 };
         let tokens = |windows: usize, seqlen: usize| windows as u64 * seqlen as u64;
         let per_token = self.activation_values() * 4;
         let check_tokens = tokens(self.eval_windows, self.eval_seqlen);
@@ -131,16 +140,32 @@ impl Costs<'_> {
             (true, false) => 2 * (self.hidden + heads),
             (true, true) => 3 * self.hidden + 2 * heads,
         } as u64;
+        let middle =
+            self.blocks.iter().flat_map(|b| b.site(lite_decoder::Role::Down)).map(|s| s.in_features).max().unwrap_or(0);
+        // After tuning the whole block runs again anyway.
+        let middle = if self.solver.error_aware && !self.solver.tune { middle as u64 } else { 0 };
         let blocks = if self.solver.error_aware { 2 } else { 1 };
         let grams = if self.solver.error_aware { widest * widest * 8 } else { grams };
         let block = block * (4 * blocks + self.source_bytes_per_weight);
+        if !calibrated {
+            // Codes of one linear, packed bytes of two, panels of floats and of the source; plain tensors go through in
+            // parts. fp8 codes are read as a whole: their codes and values.
+            let coded = if self.source_bytes_per_weight == 1 { 5 } else { 0 };
+            return MemoryEstimate {
+                base: BASE + STREAMED.min(largest * 16),
+                solve: largest * (4 + coded),
+                check,
+                ..MemoryEstimate::default()
+            };
+        }
         MemoryEstimate {
             base: BASE,
             block,
             grams: if calibrated { grams } else { 0 },
             hidden: tokens(self.windows, self.seqlen) * stores * 4,
+            middle: tokens(self.windows, self.seqlen) * middle * 4,
             spooled: false,
-            activations: tokens(self.batch.min(self.windows), self.seqlen) * per_token,
+            activations: tokens((self.batch * IN_FLIGHT).min(self.windows), self.seqlen) * per_token,
             solve,
             check,
         }
@@ -177,7 +202,9 @@ impl Costs<'_> {
                 // losses are full products.
                 let tile = 2.0 * n * k * k.min(128.0) * lite_quant::SHRINK_STEPS as f64;
                 let searches = if self.search { 4.0 } else { 1.0 };
-                work.solve += searches * (tile + 2.0 * n * k * k);
+                if self.grams {
+                    work.solve += searches * (tile + 2.0 * n * k * k);
+                }
             }
             if !self.blocks.is_empty() {
                 work.check += 3.0 * eval * 2.0 * n * k;
@@ -185,7 +212,7 @@ impl Costs<'_> {
         }
         for block in self.blocks {
             let widths: BTreeMap<_, f64> = block.sites.iter().map(|s| (s.input, s.in_features as f64)).collect();
-            for k in widths.values() {
+            for k in widths.values().filter(|_| self.grams) {
                 work.gram += tokens * k * k * if self.solver.error_aware { 3.0 } else { 1.0 };
                 if self.search && tokens > 0.0 {
                     work.solve += 39.0 * 2.0 * 512.0 * k * k;

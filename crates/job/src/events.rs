@@ -1,5 +1,7 @@
 //! What a run tells the outside while it goes on.
 
+use std::path::Path;
+
 use crate::{Plan, RunReport, StatisticsPlan};
 
 /// One thing that happened.
@@ -18,6 +20,11 @@ pub enum Event<'a> {
     Planned(&'a Plan),
     /// The same of a run that only gathers statistics.
     PlannedStatistics(&'a StatisticsPlan),
+    /// The work directory is locked for this run.
+    Opened {
+        /// Where a log of the run belongs: see [`crate::WorkDir::log_file`].
+        log: &'a Path,
+    },
     /// The calibration windows are cut.
     Calibration {
         /// Number of windows.

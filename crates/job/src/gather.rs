@@ -84,8 +84,8 @@ pub fn calibrate(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) 
     let checkpoint = Checkpoint::open(&model)?;
     refuse_quantized(&checkpoint)?;
     let spec = known_decoder(&checkpoint)?;
-    let device = device(recipe)?;
     let mut words = Words { notes: Vec::new(), warnings: checkpoint.warnings.clone() };
+    let device = device(recipe, &mut words.notes)?;
     let plan = plan(recipe, &checkpoint, &spec, &mut words)?;
     words.warnings.iter().for_each(|warning| observer.event(Event::Warning(warning)));
     words.notes.iter().for_each(|note| observer.event(Event::Note(note)));
@@ -93,6 +93,7 @@ pub fn calibrate(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) 
     let windows = load_windows(recipe, &checkpoint, &spec, &plan, observer, cancel)?;
     let facts = Facts::new(&checkpoint, &plan.arch, &windows, recipe.calib.seed)?;
     let (work, remains) = WorkDir::open(&recipe.work_dir, Some(checkpoint.root()), recipe.overwrite)?;
+    observer.event(Event::Opened { log: &work.log_file() });
     if remains {
         observer
             .event(Event::Note("an earlier run did not finish here; its remains were cleared and the run starts over"));
@@ -138,7 +139,7 @@ fn plan(
     let batch = batch_size(recipe, seqlen)?.min(windows);
     let bytes = tensors(spec).iter().map(OutputTensor::bytes).sum();
     // Any scheme will do: only shapes matter here.
-    let sites = crate::tensors::sites_of(spec, Scheme::new(8, -1, true, ScaleDtype::F16)?);
+    let sites = crate::tensors::sites_of(spec, Scheme::new(8, -1, true, ScaleDtype::F16)?.into());
     let costs = Costs {
         sites: &sites,
         blocks: &spec.blocks,
@@ -150,6 +151,7 @@ fn plan(
         eval_windows: 0,
         eval_seqlen: 0,
         search: false,
+        grams: true,
         solver: Solver::NEAREST,
         source_bytes_per_weight: (plain_dtype(checkpoint).bitsize() / 8) as u64,
     };

@@ -5,7 +5,11 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use candle_core::{Device, Tensor};
+use lite_decoder::with_cpu_slice;
+
 use crate::JobError;
+use crate::batches::Batch;
 
 /// Windows × tokens × hidden values.
 #[derive(Debug)]
@@ -46,6 +50,11 @@ impl HiddenStates {
         self.windows
     }
 
+    /// Values per window.
+    pub(crate) fn window_values(&self) -> usize {
+        self.window_values
+    }
+
     /// Values of `count` windows from `first` on.
     pub(crate) fn read(&self, first: usize, count: usize) -> Result<Vec<f32>, JobError> {
         let (start, len) = (first * self.window_values, count * self.window_values);
@@ -57,6 +66,16 @@ impl HiddenStates {
                 Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
             }
         }
+    }
+
+    /// The same as a tensor of this shape.
+    pub(crate) fn tensor(&self, (first, count): Batch, shape: &[usize], device: &Device) -> Result<Tensor, JobError> {
+        crate::fold::tensor(self.read(first, count)?, shape, device)
+    }
+
+    /// [`HiddenStates::write`] of a tensor.
+    pub(crate) fn keep(&mut self, first: usize, values: &Tensor) -> Result<(), JobError> {
+        with_cpu_slice(values, |values| self.write(first, values))?
     }
 
     /// Replaces the values of the windows from `first` on.

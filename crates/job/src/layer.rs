@@ -78,11 +78,12 @@ fn fold_scales(
         .consumers
         .first()
         .and_then(|id| plan.sites.iter().find(|s| s.site == Some(*id)))
-        .map_or(plan.scheme, |site| site.scheme);
+        .ok_or_else(|| JobError::Input(format!("no linear is quantized at {}", fold.input)))?
+        .int()?;
     if !search {
-        return Ok(fixed_scales(&problem, &scheme));
+        return Ok(fixed_scales(&problem, scheme));
     }
-    let choice = search_scales(&problem, &scheme, plan.range).map_err(|source| JobError::Awq {
+    let choice = search_scales(&problem, scheme, plan.range).map_err(|source| JobError::Awq {
         block: spec.index,
         input: format!("{:?}", fold.input.stream),
         source,
@@ -102,19 +103,23 @@ pub(crate) struct Solved {
     pub(crate) target: Option<Vec<f32>>,
 }
 
-/// Rounds one linear without statistics.
-pub(crate) fn round_plain(site: &QuantSite, weight: &[f32], plan: &Plan) -> Result<Solved, JobError> {
-    let context = RangeContext { weight, out_features: site.out_features, in_features: site.in_features, gram: None };
-    let quantized = quantize_nearest(&context, &site.scheme, plan.range).map_err(tensor_error(site))?;
-    Ok(Solved { quantized, error: None, fallback: None, target: None })
+/// What is known of the drift between the float and the quantized stream at one input.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Drift<'a> {
+    /// Nothing: the target is the weight itself.
+    None,
+    /// `X̃ᵀX / T`, `[K, K]`.
+    Inputs(&'a [f32]),
+    /// `(X̃Wᵀ)ᵀX / T`, `[N, K]`, of the only linear that reads the input.
+    Outputs(&'a [f32]),
 }
 
 /// Chooses the codes of all linears that share one input. `gram` is that of the input as the folded block
-/// sees it, `cross` belongs to the float stream if the target is to make up for the drift between the two.
+/// sees it; the target makes up for `drift`.
 pub(crate) fn solve_input(
     sites: &[(&QuantSite, Vec<f32>)],
     gram: &[f32],
-    cross: Option<&[f32]>,
+    drift: Drift<'_>,
     plan: &Plan,
 ) -> Result<Vec<Solved>, JobError> {
     let Some((first, _)) = sites.first() else { return Ok(Vec::new()) };
@@ -122,7 +127,7 @@ pub(crate) fn solve_input(
     if plan.solver.rounding == Rounding::Nearest {
         let round = |(site, weight): &(&QuantSite, Vec<f32>)| {
             let context = RangeContext { weight, out_features: site.out_features, in_features: k, gram: Some(gram) };
-            let quantized = quantize_nearest(&context, &site.scheme, plan.range).map_err(tensor_error(site))?;
+            let quantized = quantize_nearest(&context, site.int()?, plan.range).map_err(tensor_error(site))?;
             let loss = gram_loss(weight, &quantized.dequantize(), gram, site.out_features, k);
             let error = Some(relative(loss, weight, gram, site));
             Ok(Solved { quantized, error, fallback: None, target: None })
@@ -144,12 +149,14 @@ pub(crate) fn solve_input(
     let hessian = Hessian::new(gram, k, &settings).map_err(failed(first))?;
     let usable = !matches!(hessian.fallback(), Fallback::Nearest { .. });
     let solve = |(site, weight): &(&QuantSite, Vec<f32>)| {
-        let target = match cross {
-            Some(cross) if usable => Some(hessian.error_aware_target(weight, cross).map_err(failed(site))?),
+        let target = match drift {
+            Drift::Inputs(cross) if usable => Some(hessian.error_aware_target(weight, cross)),
+            Drift::Outputs(product) if usable => Some(hessian.error_aware_target_from_outputs(weight, product)),
             _ => None,
         };
+        let target = target.transpose().map_err(failed(site))?;
         let float = target.as_deref().unwrap_or(weight);
-        let solution = hessian.solve(float, site.out_features, &site.scheme).map_err(failed(site))?;
+        let solution = hessian.solve(float, site.out_features, site.int()?).map_err(failed(site))?;
         let error = Some(relative(solution.loss, float, gram, site));
         let kept = solution.kept_nearest && usable;
         let fallback = words(solution.fallback)

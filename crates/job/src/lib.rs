@@ -9,9 +9,13 @@
 //! nothing: it sends [`Event`]s to an [`Observer`].
 #![forbid(unsafe_code)]
 
+mod batches;
 mod bench;
+mod cache;
 mod calibrate;
 mod check;
+mod device;
+mod documents;
 mod error;
 mod estimate;
 mod events;
@@ -19,23 +23,31 @@ mod fold;
 mod from_statistics;
 mod gather;
 mod hidden;
+mod inputs;
 mod layer;
 mod limits;
 mod locate;
+mod names;
+mod observed;
 mod passthrough;
 mod plan;
 mod recipe;
 mod rows;
 mod rules;
 mod run;
+mod schemes;
 mod sequential;
+mod smooth;
 mod source;
 mod statistics;
+mod stream;
 mod tensors;
 mod workdir;
 
 pub use bench::measured_gemm_rate;
 pub use check::{CheckReport, SiteReport};
+pub use device::open_device;
+pub use documents::{Documents, Finished};
 pub use error::{ErrorKind, JobError};
 pub use estimate::{MemoryEstimate, Work};
 pub use events::{Event, Observer, Silent};
@@ -43,9 +55,11 @@ pub use gather::{StatisticsPlan, StatisticsReport, calibrate};
 pub use locate::{HubFetcher, locate_model};
 pub use plan::{Plan, prepare};
 pub use recipe::{
-    CalibSettings, DeviceChoice, DtypeChoice, EvalSettings, Method, Override, Recipe, Rounding, Solver, StatsSource,
+    CalibSettings, DeviceChoice, DtypeChoice, EvalSettings, Method, Override, Recipe, Rounding, SmoothScales, Solver,
+    StatsSource,
 };
-pub use run::{RunReport, run};
+pub use run::{RunReport, run, run_with};
+pub use schemes::words as scheme_words;
 pub use statistics::Statistics;
 pub use tensors::{Action, QuantSite, TensorPlan};
 pub use workdir::WorkDir;

@@ -5,8 +5,10 @@ use std::path::Path;
 use candle_core::Device;
 use lite_decoder::DecoderSpec;
 use lite_model::printable;
+use lite_quant::WeightScheme;
 
-use crate::{JobError, MemoryEstimate, QuantSite, Recipe, Rounding};
+use crate::schemes::{is_static, words};
+use crate::{JobError, MemoryEstimate, Method, QuantSite, Recipe, Rounding, SmoothScales};
 
 /// Tokens of a default batch.
 pub(crate) const BATCH_TOKENS: usize = 1536;
@@ -30,10 +32,10 @@ pub(crate) fn fit_memory(
     warnings: &mut Vec<String>,
 ) -> Result<(), JobError> {
     let limit = recipe.max_memory.or_else(crate::workdir::available_memory);
-    if let Some(limit) = limit
-        && memory.peak() > limit
-        && memory.hidden > 0
-    {
+    if limit.is_some_and(|limit| memory.peak() > limit) {
+        memory.middle = 0;
+    }
+    if limit.is_some_and(|limit| memory.peak() > limit) && memory.hidden > 0 {
         memory.spooled = true;
     }
     if let Some(limit) = recipe.max_memory
@@ -70,14 +72,11 @@ pub(crate) fn fit_disk(work_dir: &Path, disk_bytes: u64) -> Result<Option<u64>, 
     Ok(disk_free)
 }
 
-pub(crate) fn device(recipe: &Recipe) -> Result<Device, JobError> {
-    match recipe.device {
-        crate::DeviceChoice::Cpu | crate::DeviceChoice::Auto => Ok(Device::Cpu),
-        crate::DeviceChoice::Cuda => Err(JobError::Resources(
-            "--device cuda: this build has no CUDA support; use --device cpu, or --device auto to take whatever is there"
-                .to_owned(),
-        )),
-    }
+/// The device of a run; what there is to say of it goes to `notes`.
+pub(crate) fn device(recipe: &Recipe, notes: &mut Vec<String>) -> Result<Device, JobError> {
+    let (compute, note) = crate::open_device(recipe.device)?;
+    notes.extend(note);
+    Ok(compute.device().clone())
 }
 
 pub(crate) fn mib(bytes: u64) -> String {
@@ -85,7 +84,7 @@ pub(crate) fn mib(bytes: u64) -> String {
 }
 
 /// Settings of the solver that cannot be.
-pub(crate) fn check_solver(recipe: &Recipe) -> Result<(), JobError> {
+pub(crate) fn check_solver(recipe: &Recipe, data_free: bool) -> Result<(), JobError> {
     let solver = &recipe.solver;
     // Written so that NaN fails.
     if !(solver.damp > 0.0 && solver.damp <= 1.0) {
@@ -95,7 +94,7 @@ pub(crate) fn check_solver(recipe: &Recipe) -> Result<(), JobError> {
         )));
     }
     let nearest = solver.rounding == Rounding::Nearest;
-    if recipe.calib.samples == 0 && !nearest {
+    if data_free && !nearest {
         return Err(JobError::Usage(
             "--calib-samples 0 leaves nothing to solve with; use --rounding nearest (or --effort fast), or calibrate"
                 .to_owned(),
@@ -109,9 +108,68 @@ pub(crate) fn check_solver(recipe: &Recipe) -> Result<(), JobError> {
     Ok(())
 }
 
+/// Schemes that the chosen way of solving cannot give, or that need what is not there.
+pub(crate) fn check_schemes(recipe: &Recipe, sites: &[QuantSite], data_free: bool) -> Result<(), JobError> {
+    let smooth = matches!(recipe.method, Method::SmoothQuant { .. });
+    if let Method::SmoothQuant { scales: SmoothScales::Alpha(alpha) } = recipe.method
+        && !(0.0..=1.0).contains(&alpha)
+    {
+        return Err(JobError::Usage(format!(
+            "--alpha {alpha}: give a number from 0 (scales even out the weights) to 1 (the activations), such as 0.5, or `auto`"
+        )));
+    }
+    if data_free && smooth {
+        return Err(JobError::Usage(
+            "smoothing needs calibration windows: give --calib-samples, or quantize without data with `lite rtn`"
+                .to_owned(),
+        ));
+    }
+    let without = data_free || recipe.stats.is_some();
+    if without && recipe.kv_cache.is_some() {
+        return Err(JobError::Usage(
+            "--kv-cache calibrates the cache's scales by running windows: give --calib-samples, and no --stats"
+                .to_owned(),
+        ));
+    }
+    if let Some(site) = sites.iter().find(|site| is_static(&site.scheme)).filter(|_| without) {
+        return Err(JobError::Usage(format!(
+            "`{}`: {} needs calibration windows: give --calib-samples, and no --stats, or choose a scheme with dynamic scales",
+            printable(&site.module),
+            words(&site.scheme)
+        )));
+    }
+    let any = data_free || smooth || recipe.calib.if_needed;
+    for site in sites {
+        if !any && site.scheme.activations.is_some() {
+            return Err(JobError::Unsupported(format!(
+                "`{}`: {}: this method quantizes weights alone; use `lite smooth_quant` or `lite rtn`",
+                printable(&site.module),
+                words(&site.scheme)
+            )));
+        }
+        if !any || recipe.solver.rounding != Rounding::Nearest {
+            site.int()?;
+        }
+    }
+    Ok(())
+}
+
 pub(crate) fn check_groups(sites: &[QuantSite]) -> Result<(), JobError> {
-    let bad: Vec<&QuantSite> = sites.iter().filter(|s| s.scheme.group_size.width(s.in_features).is_err()).collect();
+    let groups = |site: &QuantSite| match site.scheme.weights {
+        WeightScheme::Int(int) => int.group_size.width(site.in_features).err(),
+        WeightScheme::Float(float) => float.grain.grid(site.out_features, site.in_features).err(),
+    };
+    let bad: Vec<&QuantSite> = sites.iter().filter(|s| groups(s).is_some()).collect();
     let Some(first) = bad.first() else { return Ok(()) };
+    let Some(int) = first.scheme.weights.int() else {
+        return Err(JobError::Usage(format!(
+            "`{}` ({} of {} linears): {}; leave such linears plain with --ignore, or choose a scheme without groups",
+            printable(&first.module),
+            bad.len(),
+            sites.len(),
+            groups(first).map_or(String::new(), |error| error.to_string())
+        )));
+    };
     let fits: Vec<String> = [256usize, 128, 64, 32, 16]
         .into_iter()
         .filter(|g| sites.iter().all(|s| s.in_features % g == 0))
@@ -120,7 +178,7 @@ pub(crate) fn check_groups(sites: &[QuantSite]) -> Result<(), JobError> {
         .collect();
     Err(JobError::Usage(format!(
         "group size {} does not divide the {} input features of `{}` ({} of {} linears); this model takes --w-group-size {}",
-        first.scheme.group_size.to_flag(),
+        int.group_size.to_flag(),
         first.in_features,
         printable(&first.module),
         bad.len(),

@@ -6,18 +6,20 @@ use candle_core::Device;
 use lite_decoder::{DecoderError, DecoderSpec, Fold};
 use lite_model::{Checkpoint, Dtype, OutputTensor, printable};
 use lite_pack::targets::{Severity, Target, Verdict, check, engines_for};
-use lite_pack::{ConfigFacts, Layout};
-use lite_quant::{Range, Scheme};
+use lite_pack::{ConfigFacts, KvCacheScheme, Layout};
+use lite_quant::{LinearScheme, Range};
 
 use crate::estimate::Costs;
 use crate::limits::{
-    BATCH_TOKENS, batch_size, calibration_shape, check_groups, check_shape, check_solver, device, fit_disk, fit_memory,
+    BATCH_TOKENS, batch_size, calibration_shape, check_groups, check_schemes, check_shape, check_solver, device,
+    fit_disk, fit_memory,
 };
 use crate::rows::{
     architecture, choose_layout, exact_folds, ignored_linears, output_dtype, plain_dtype, plan_tensors,
     rescaled_tensors, site_facts,
 };
-use crate::source::stored_embedding;
+use crate::schemes::{common, layout_scale_dtype, needs_windows};
+use crate::source::{holds_float_codes, stored_embedding};
 use crate::statistics::Statistics;
 use crate::tensors::{guess_sites, sites_of};
 use crate::workdir::WorkDir;
@@ -32,8 +34,12 @@ pub struct Plan {
     pub arch: String,
     /// The decoder, where it is known; without one there is no calibration and no forward check.
     pub spec: Option<DecoderSpec>,
-    /// Bits, group size, symmetry, scale type.
-    pub scheme: Scheme,
+    /// How linears are coded that no rule sets apart.
+    pub scheme: LinearScheme,
+    /// Powers of two as the scales of floats.
+    pub power_of_two_scales: bool,
+    /// How the engine's cache is quantized.
+    pub kv_cache: Option<KvCacheScheme>,
     /// How ranges are chosen.
     pub range: Range,
     /// How scales are found.
@@ -50,6 +56,8 @@ pub struct Plan {
     pub solver: Solver,
     /// One row for every source tensor.
     pub tensors: Vec<TensorPlan>,
+    /// Tensors that no source tensor stands behind: scales of the cache.
+    pub added: Vec<OutputTensor>,
     /// `quantization_config` of the output.
     pub quantization_config: serde_json::Value,
     /// Files that the layout wants beside the weights.
@@ -145,8 +153,12 @@ pub(crate) fn known_decoder(checkpoint: &Checkpoint) -> Result<DecoderSpec, Deco
     Ok(spec)
 }
 
-/// Refuses a model that holds codes and not weights.
+/// Refuses a model that holds codes and not weights. fp8 codes with their scales pass: they are the weights, as
+/// trained or published, and are read as the values they stand for.
 pub(crate) fn refuse_quantized(checkpoint: &Checkpoint) -> Result<(), JobError> {
+    if holds_float_codes(checkpoint)? {
+        return Ok(());
+    }
     let Some(found) = checkpoint.config().get("quantization_config").filter(|v| !v.is_null()) else { return Ok(()) };
     let method = found.get("quant_method").and_then(|m| m.as_str()).unwrap_or("unknown");
     Err(JobError::Unsupported(format!(
@@ -155,9 +167,32 @@ pub(crate) fn refuse_quantized(checkpoint: &Checkpoint) -> Result<(), JobError> 
     )))
 }
 
+/// The layout's config, with what only the run knows.
+fn quantization_config(
+    recipe: &Recipe,
+    layout: &dyn Layout,
+    facts: &ConfigFacts,
+) -> Result<serde_json::Value, JobError> {
+    let mut config = layout.quantization_config(facts)?;
+    if recipe.power_of_two_scales
+        && layout.name() == "fp8"
+        && let Some(keys) = config.as_object_mut()
+    {
+        // DeepSeek's and LMDeploy's key: the engine's own scales of activations follow it.
+        keys.insert("scale_fmt".to_owned(), "ue8m0".into());
+    }
+    Ok(config)
+}
+
+/// Whether a calibrated run looks at the inputs of linears without making Gram matrices of them.
+pub(crate) fn gathers_inputs_only(recipe: &Recipe) -> bool {
+    let light = recipe.calib.if_needed || matches!(recipe.method, Method::SmoothQuant { .. });
+    light && recipe.solver.rounding == crate::Rounding::Nearest
+}
+
 /// [`prepare`] of a recipe whose calibration settings are final.
 fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
-    let data_free = recipe.calib.samples == 0;
+    let data_free = recipe.calib.samples == 0 || (recipe.calib.if_needed && !needs_windows(recipe));
     if recipe.calib.samples < 0 {
         return Err(JobError::Usage(format!(
             "--calib-samples {}: give a number of windows, or 0 to quantize without data",
@@ -168,6 +203,9 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
     let config = checkpoint.config();
     let mut notes = Vec::new();
     let mut warnings = checkpoint.warnings.clone();
+    if holds_float_codes(checkpoint)? {
+        notes.push("the source's weights are fp8 codes; they are read as the values they stand for".to_owned());
+    }
     let spec = match known_decoder(checkpoint) {
         Ok(spec) => Some(spec),
         Err(error) if data_free && error.kind() == lite_decoder::ErrorKind::Unsupported => {
@@ -179,22 +217,31 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
     let arch = architecture(config);
     let plain = plain_dtype(checkpoint);
     let (scale_dtype, dtype) = output_dtype(recipe.dtype, plain);
-    let scheme = Scheme::new(recipe.bits, recipe.group_size, recipe.symmetric, scale_dtype)?;
+    let layout = choose_layout(recipe, &common(recipe, scale_dtype)?)?;
+    let scheme = common(recipe, layout_scale_dtype(layout, scale_dtype))?;
     let mut sites = match &spec {
         Some(spec) => sites_of(spec, scheme),
-        None => guess_sites(checkpoint, scheme),
+        None => guess_sites(checkpoint, scheme, &mut notes),
     };
     if sites.is_empty() {
         return Err(JobError::Unsupported(
             "no linear was found inside decoder blocks (two-dimensional `….layers.N.….weight` tensors)".to_owned(),
         ));
     }
-    check_solver(recipe)?;
+    check_solver(recipe, data_free)?;
     let plain_sites = crate::rules::apply(recipe, &mut sites)?;
     check_groups(&sites)?;
-    let layout = choose_layout(recipe, &scheme)?;
+    check_schemes(recipe, &sites, data_free)?;
     for site in &sites {
-        layout.check(&site.scheme, site.out_features, site.in_features)?;
+        let held = layout.check(&site.scheme, site.out_features, site.in_features);
+        held.map_err(|error| match recipe.target.filter(|_| recipe.layout.is_none()) {
+            Some(target) => JobError::Unsupported(format!(
+                "{} has no layout for {}: {error}",
+                target.name(),
+                crate::schemes::words(&site.scheme)
+            )),
+            None => error.into(),
+        })?;
     }
     let folds = exact_folds(spec.as_ref(), &sites, recipe.method, data_free);
     let ignored = ignored_linears(checkpoint, spec.as_ref(), &sites);
@@ -210,7 +257,7 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
     }
     let engines = engines_for(layout, &scheme, &facts, &architectures);
 
-    let (windows, seqlen) = calibration_shape(recipe, spec.as_ref(), &mut notes)?;
+    let (windows, seqlen) = if data_free { (0, 0) } else { calibration_shape(recipe, spec.as_ref(), &mut notes)? };
     let (eval_windows, eval_seqlen) = check_shape(recipe, spec.as_ref(), seqlen)?;
     let batch = batch_size(recipe, seqlen)?;
     let tensors = plan_tensors(
@@ -222,10 +269,17 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
         &rescaled_tensors(spec.as_ref(), &folds),
         &mut notes,
     )?;
-    let output_bytes: u64 = tensors.iter().flat_map(|row| &row.outputs).map(OutputTensor::bytes).sum();
+    let mut added = Vec::new();
+    if let (Some(spec), Some(scheme)) = (&spec, recipe.kv_cache) {
+        for block in &spec.blocks {
+            added.extend(crate::cache::tensors(block, scheme)?);
+        }
+    }
+    let outputs = tensors.iter().flat_map(|row| &row.outputs).chain(&added);
+    let output_bytes: u64 = outputs.map(OutputTensor::bytes).sum();
 
     let no_blocks = Vec::new();
-    let costs = Costs {
+    let mut costs = Costs {
         sites: &sites,
         blocks: spec.as_ref().map_or(&no_blocks, |spec| &spec.blocks),
         hidden: spec.as_ref().map_or(0, |spec| spec.hidden),
@@ -237,29 +291,44 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
         eval_windows,
         eval_seqlen,
         search: matches!(recipe.method, Method::Awq { search_scale: true }),
+        grams: !gathers_inputs_only(recipe),
         solver: recipe.solver,
         source_bytes_per_weight: (plain.bitsize() / 8) as u64,
     };
+    if let Some(limit) = recipe.eval.limit
+        && costs.work().check > limit
+    {
+        notes.push(format!(
+            "the result is not compared with the original by forward passes, which would take {:.0} Tflop; ask for it with --eval-samples",
+            costs.work().check / 1e12
+        ));
+        costs.eval_windows = 0;
+    }
+    let eval_windows = costs.eval_windows;
     let mut memory = costs.memory();
     fit_memory(&mut memory, recipe, &mut warnings)?;
     let disk_bytes = output_bytes + if memory.spooled { memory.hidden } else { 0 } + (16 << 20);
     let disk_free = fit_disk(&recipe.work_dir, disk_bytes)?;
     WorkDir::check(&recipe.work_dir, Some(checkpoint.root()), recipe.overwrite)?;
     let work = costs.work();
+    let device = device(recipe, &mut notes)?;
     let config_facts = ConfigFacts {
         ignored,
         overrides: sites.iter().filter(|s| s.scheme != scheme).map(|s| (s.module.clone(), s.scheme)).collect(),
         act_order: recipe.solver.rounding != crate::Rounding::Nearest && recipe.solver.act_order,
+        kv_cache: recipe.kv_cache,
         ..ConfigFacts::new(scheme)
     };
     Ok(Plan {
         model: checkpoint.root().to_owned(),
         arch,
         scheme,
+        power_of_two_scales: recipe.power_of_two_scales,
+        kv_cache: recipe.kv_cache,
         range: recipe.range,
         method: recipe.method,
         layout,
-        quantization_config: layout.quantization_config(&config_facts)?,
+        quantization_config: quantization_config(recipe, layout, &config_facts)?,
         layout_files: layout.side_files(&config_facts)?,
         dtype,
         windows,
@@ -268,7 +337,7 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
         eval_windows,
         eval_seqlen,
         batch,
-        device: device(recipe)?,
+        device,
         source_bytes: checkpoint.total_bytes(),
         output_bytes,
         disk_bytes,
@@ -279,6 +348,7 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
         notes,
         warnings,
         tensors,
+        added,
         sites,
         plain_sites,
         folds,

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
+use lite_pack::KvCacheScheme;
 use lite_pack::targets::Target;
-use lite_quant::Range;
+use lite_quant::{LinearScheme, Range};
 
 /// Everything a run needs to know. Two equal recipes on equal inputs give equal bytes.
 #[derive(Debug, Clone)]
@@ -26,6 +27,13 @@ pub struct Recipe {
     pub overrides: Vec<Override>,
     /// Regexes of linears that stay plain.
     pub ignore: Vec<String>,
+    /// How linears are quantized, instead of `bits`, `group_size` and `symmetric`. The type of its scales is not read:
+    /// the layout and `dtype` decide that.
+    pub scheme: Option<LinearScheme>,
+    /// Powers of two as the scales of floats, in whatever type they are stored.
+    pub power_of_two_scales: bool,
+    /// How the engine's key/value cache is quantized; its scales are calibrated.
+    pub kv_cache: Option<KvCacheScheme>,
     /// Bits per weight, as typed.
     pub bits: i64,
     /// Group size, as typed; −1 is one scale per output channel.
@@ -50,8 +58,8 @@ pub struct Recipe {
     pub eval: EvalSettings,
     /// Windows per forward pass; by default about 1536 tokens.
     pub batch_size: Option<usize>,
-    /// Where the float blocks run.
-    pub device: DeviceChoice,
+    /// Where the float blocks run; `None` as [`DeviceChoice::Auto`], which nobody asked for.
+    pub device: Option<DeviceChoice>,
     /// Largest weight file, bytes.
     pub max_shard_bytes: u64,
     /// Memory budget, bytes; hidden states go to a file when they would not fit.
@@ -71,6 +79,9 @@ impl Recipe {
             solver: Solver::NEAREST,
             overrides: Vec::new(),
             ignore: Vec::new(),
+            scheme: None,
+            power_of_two_scales: false,
+            kv_cache: None,
             bits: 4,
             group_size: 128,
             symmetric: false,
@@ -79,11 +90,11 @@ impl Recipe {
             layout: None,
             target: None,
             tensor_parallel: 1,
-            calib: CalibSettings { dataset: None, samples: 128, seqlen: None, seed: 0 },
+            calib: CalibSettings { dataset: None, samples: 128, seqlen: None, seed: 0, if_needed: false },
             stats: None,
-            eval: EvalSettings { dataset: None, windows: 16, seqlen: None },
+            eval: EvalSettings { dataset: None, windows: 16, seqlen: None, limit: None },
             batch_size: None,
-            device: DeviceChoice::Auto,
+            device: None,
             max_shard_bytes: 5_000_000_000,
             max_memory: None,
         }
@@ -91,7 +102,7 @@ impl Recipe {
 }
 
 /// How weights are prepared before they are rounded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Method {
     /// The weights as they are.
     Plain,
@@ -100,6 +111,24 @@ pub enum Method {
         /// Search the scales by output error; otherwise LMDeploy's fixed ratio 0.5 on max |x|.
         search_scale: bool,
     },
+    /// Scales that move outliers from activations, which the engine quantizes, to weights.
+    SmoothQuant {
+        /// How scales are found.
+        scales: SmoothScales,
+    },
+}
+
+/// How the scales of [`Method::SmoothQuant`] are found.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum SmoothScales {
+    /// `max|X|^α / max|W|^(1−α)`, α in `[0, 1]`.
+    Alpha(f64),
+    /// The same, α of each input by the error of its quantized linears on sampled tokens.
+    SearchedAlpha,
+    /// `max|X| / log2(2 + max|X|)`.
+    LogEqualization,
+    /// AWQ's `mean|X|^r`, r of each input by the error of its quantized linears on sampled tokens.
+    Awq,
 }
 
 /// How codes are chosen.
@@ -154,6 +183,8 @@ pub struct Override {
     pub group_size: Option<i64>,
     /// Symmetry, if it differs.
     pub symmetric: Option<bool>,
+    /// Another scheme altogether; bits, group size and symmetry then change that.
+    pub scheme: Option<LinearScheme>,
 }
 
 /// Type of scales and plain tensors in the output.
@@ -174,8 +205,8 @@ pub enum DeviceChoice {
     Auto,
     /// The CPU.
     Cpu,
-    /// A CUDA GPU, or an error.
-    Cuda,
+    /// The CUDA GPU of this index, or an error.
+    Cuda(usize),
 }
 
 /// Calibration text.
@@ -189,6 +220,8 @@ pub struct CalibSettings {
     pub seqlen: Option<i64>,
     /// Seed of every draw.
     pub seed: u64,
+    /// Run windows only for what cannot be found without: static scales of activations, scales of a cache.
+    pub if_needed: bool,
 }
 
 /// Statistics that an earlier run wrote.
@@ -215,4 +248,6 @@ pub struct EvalSettings {
     pub windows: usize,
     /// Tokens per window; `None` is the calibration length, at most 512.
     pub seqlen: Option<usize>,
+    /// Run no window if that would take more floating-point operations than this.
+    pub limit: Option<f64>,
 }

@@ -6,7 +6,8 @@ use lite_decoder::{DecoderSpec, Fold, Producer};
 use lite_model::{Checkpoint, Dtype, OutputTensor, printable};
 use lite_pack::Layout;
 use lite_pack::targets::SiteFacts;
-use lite_quant::{ScaleDtype, Scheme};
+use lite_quant::{LinearScheme, ScaleDtype};
+use lite_runtime::FloatSource;
 
 use crate::source::stored_embedding;
 use crate::{Action, DtypeChoice, JobError, Method, QuantSite, Recipe, TensorPlan};
@@ -16,10 +17,14 @@ pub(crate) fn architecture(config: &serde_json::Map<String, serde_json::Value>) 
     first.unwrap_or("unknown").to_owned()
 }
 
-/// The float type that most of the checkpoint's bytes have.
+/// The float type that most of the checkpoint's bytes have, without fp8 codes and what serves them.
 pub(crate) fn plain_dtype(checkpoint: &Checkpoint) -> Dtype {
+    let codes = FloatSource::new(checkpoint);
     let mut bytes = [(Dtype::BF16, 0u64), (Dtype::F16, 0), (Dtype::F32, 0)];
     for info in checkpoint.names().filter_map(|name| checkpoint.info(name)) {
+        if codes.dropped(&info.name).is_some() {
+            continue;
+        }
         if let Some(entry) = bytes.iter_mut().find(|(dtype, _)| *dtype == info.dtype) {
             entry.1 += info.bytes;
         }
@@ -62,7 +67,7 @@ pub(crate) fn exact_folds(
         .collect()
 }
 
-pub(crate) fn choose_layout(recipe: &Recipe, scheme: &Scheme) -> Result<&'static dyn Layout, JobError> {
+pub(crate) fn choose_layout(recipe: &Recipe, scheme: &LinearScheme) -> Result<&'static dyn Layout, JobError> {
     let name = match (&recipe.layout, recipe.target) {
         (Some(name), _) => name.as_str(),
         (None, Some(target)) => target.default_layout(scheme),
@@ -126,6 +131,9 @@ pub(crate) fn plan_tensors(
     let by_weight: BTreeMap<String, usize> =
         sites.iter().enumerate().map(|(i, s)| (format!("{}.weight", s.module), i)).collect();
     let rename = spec.and_then(|spec| stored_embedding(checkpoint, spec));
+    let codes = FloatSource::new(checkpoint);
+    // fp8 codes that are not quantized again are written as values.
+    let decoded = dtype.map_or_else(|| plain_dtype(checkpoint), |(dtype, _)| dtype);
     let mut rows = Vec::new();
     for name in checkpoint.names() {
         let Some(info) = checkpoint.info(name) else { continue };
@@ -133,11 +141,16 @@ pub(crate) fn plan_tensors(
             let is_float = matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
             let dtype = match dtype {
                 Some((dtype, _)) if is_float => dtype,
+                _ if codes.is_coded(name) => decoded,
                 _ => info.dtype,
             };
             OutputTensor { name: target.to_owned(), dtype, shape: info.shape.clone() }
         };
         let row = |action, outputs| TensorPlan { source: name.to_owned(), action, outputs };
+        if let Some(reason) = codes.dropped(name) {
+            rows.push(row(Action::Drop { reason }, vec![]));
+            continue;
+        }
         if let Some(&site) = by_weight.get(name) {
             let site_plan = &sites[site];
             let outputs = layout

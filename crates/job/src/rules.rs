@@ -1,10 +1,10 @@
 //! Which linears are quantized, and with what: `--override` and `--ignore`.
 
 use lite_model::printable;
-use lite_quant::Scheme;
 use regex::Regex;
 
-use crate::{JobError, Override, QuantSite, Recipe};
+use crate::schemes::changed;
+use crate::{JobError, QuantSite, Recipe};
 
 /// Applies the recipe's rules; returns the linears that stay plain.
 ///
@@ -14,7 +14,7 @@ pub(crate) fn apply(recipe: &Recipe, sites: &mut Vec<QuantSite>) -> Result<Vec<Q
     for rule in &recipe.overrides {
         let regex = compile("--override", &rule.pattern, sites)?;
         for site in sites.iter_mut().filter(|s| regex.is_match(&s.module)) {
-            site.scheme = changed(&site.scheme, rule)?;
+            site.scheme = changed(site.scheme, rule)?;
         }
     }
     let mut plain = Vec::new();
@@ -29,15 +29,6 @@ pub(crate) fn apply(recipe: &Recipe, sites: &mut Vec<QuantSite>) -> Result<Vec<Q
         return Err(JobError::Usage("--ignore leaves no linear to quantize".to_owned()));
     }
     Ok(plain)
-}
-
-fn changed(scheme: &Scheme, rule: &Override) -> Result<Scheme, JobError> {
-    Ok(Scheme::new(
-        rule.bits.unwrap_or(i64::from(scheme.bits)),
-        rule.group_size.unwrap_or(scheme.group_size.to_flag()),
-        rule.symmetric.unwrap_or(scheme.symmetric),
-        scheme.scale_dtype,
-    )?)
 }
 
 fn compile(flag: &str, pattern: &str, sites: &[QuantSite]) -> Result<Regex, JobError> {

@@ -1,21 +1,23 @@
 //! The run itself.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use lite_calib::{CalibError, CalibRequest, ModelTokenizer, Windows};
 use lite_model::{Checkpoint, CheckpointWriter, atomic_write, edit_config};
-use lite_quant::QuantizedLinear;
-use lite_runtime::QuantizedCheckpoint;
+use lite_pack::PackedTensor;
+use lite_quant::{InputQuantization, Weights};
+use lite_runtime::{Engine, QuantizedCheckpoint};
 
 use crate::check::{Expected, check_tensors, compare_models, fingerprint};
-use crate::layer::round_plain;
+use crate::documents::{Documents, Finished, write_documents};
 use crate::passthrough::{count_not_finite, encode, not_finite};
+use crate::source::source_f32;
 use crate::workdir::WorkDir;
 use crate::{
-    Action, CalibSettings, CheckReport, Event, HubFetcher, JobError, Observer, Plan, Recipe, SiteReport, locate_model,
-    prepare,
+    Action, CalibSettings, CheckReport, Event, HubFetcher, JobError, Observer, Plan, QuantSite, Recipe, SiteReport,
+    locate_model, prepare,
 };
 
 /// What a finished run did.
@@ -37,10 +39,22 @@ pub struct RunReport {
     pub check: CheckReport,
     /// Where the calibration text came from; `None` without data.
     pub calibration: Option<String>,
+    /// SHA-256 over the token ids of that text.
+    pub calibration_digest: Option<String>,
     /// Where the text of the check came from.
     pub eval_source: Option<String>,
+    /// SHA-256 over the token ids of that text.
+    pub eval_digest: Option<String>,
     /// Wall-clock seconds of the whole run.
     pub seconds: f64,
+}
+
+/// [`run_with`] without documents.
+///
+/// # Errors
+/// As [`run_with`].
+pub fn run(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) -> Result<RunReport, JobError> {
+    run_with(recipe, observer, &|_| Ok(Vec::new()), cancel)
 }
 
 /// Plans, runs, checks and publishes.
@@ -50,7 +64,12 @@ pub struct RunReport {
 ///
 /// # Errors
 /// See [`JobError`]; on any error the work directory holds no checkpoint of this run.
-pub fn run(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) -> Result<RunReport, JobError> {
+pub fn run_with(
+    recipe: &Recipe,
+    observer: &dyn Observer,
+    documents: Documents<'_>,
+    cancel: &AtomicBool,
+) -> Result<RunReport, JobError> {
     let start = Instant::now();
     WorkDir::check(&recipe.work_dir, None, recipe.overwrite)?;
     let model = locate_model(recipe, observer, cancel)?;
@@ -65,20 +84,13 @@ pub fn run(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) -> Res
     observer.event(Event::Planned(&plan));
     let texts = Texts::load(recipe, &plan, observer, cancel)?;
     let (work, remains) = WorkDir::open(&recipe.work_dir, Some(checkpoint.root()), recipe.overwrite)?;
+    observer.event(Event::Opened { log: &work.log_file() });
     if remains {
         observer
             .event(Event::Note("an earlier run did not finish here; its remains were cleared and the run starts over"));
     }
-    let result = Runner { recipe, plan: &plan, checkpoint: &checkpoint, observer, cancel, work: &work }.produce(&texts);
-    let (sites, check) = match result {
-        Ok(done) => done,
-        Err(error) => {
-            work.abandon();
-            return Err(error);
-        }
-    };
-    work.commit()?;
-    let report = RunReport {
+    let runner = Runner { recipe, plan: &plan, checkpoint: &checkpoint, observer, cancel, work: &work };
+    let report = |sites, check| RunReport {
         output: recipe.work_dir.clone(),
         layout: plan.layout.name(),
         source_bytes: plan.source_bytes,
@@ -88,11 +100,32 @@ pub fn run(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) -> Res
         check,
         calibration: match &plan.statistics {
             Some(statistics) => Some(statistics.description()),
-            None => texts.calibration.map(|w| w.source.description),
+            None => texts.calibration.as_ref().map(|w| w.source.description.clone()),
         },
-        eval_source: texts.eval.map(|w| w.source.description),
+        calibration_digest: match &plan.statistics {
+            Some(statistics) => Some(statistics.text_digest().to_owned()),
+            None => texts.calibration.as_ref().map(|w| w.digest.clone()),
+        },
+        eval_source: texts.eval.as_ref().map(|w| w.source.description.clone()),
+        eval_digest: texts.eval.as_ref().map(|w| w.digest.clone()),
         seconds: start.elapsed().as_secs_f64(),
     };
+    let result = runner.produce(&texts).and_then(|(sites, check)| {
+        let report = report(sites, check);
+        let staging = work.staging();
+        let finished = Finished { checkpoint: &checkpoint, plan: &plan, report: &report, staging: &staging };
+        write_documents(&finished, documents)?;
+        Ok(report)
+    });
+    let mut report = match result {
+        Ok(report) => report,
+        Err(error) => {
+            work.abandon();
+            return Err(error);
+        }
+    };
+    work.commit()?;
+    report.seconds = start.elapsed().as_secs_f64();
     observer.event(Event::Finished(&report));
     Ok(report)
 }
@@ -116,7 +149,7 @@ impl Texts {
             _ if plan.windows == 0 => None,
             (Some(statistics), wanted) => {
                 let dataset = wanted.as_ref().and_then(|wanted| wanted.dataset.clone());
-                if dataset.as_ref().is_some_and(|name| std::path::Path::new(name).exists()) {
+                if dataset.as_ref().is_some_and(|name| Path::new(name).exists()) {
                     // A path says little of the text in it.
                     let calib = CalibSettings { dataset, seed: statistics.seed(), ..recipe.calib.clone() };
                     statistics.check_text(&calibration_windows(
@@ -173,6 +206,9 @@ pub(crate) fn calibration_windows(
     lite_calib::load(&request, tokenizer, fetcher)
 }
 
+/// Bytes of a plain tensor that are in memory at a time.
+pub(crate) const PART: usize = 64 << 20;
+
 pub(crate) struct Runner<'a> {
     pub(crate) recipe: &'a Recipe,
     pub(crate) plan: &'a Plan,
@@ -186,7 +222,7 @@ impl Runner<'_> {
     /// Writes and checks everything in the staging folder.
     fn produce(&self, texts: &Texts) -> Result<(Vec<SiteReport>, CheckReport), JobError> {
         let staging = self.work.staging();
-        let outputs = self.plan.tensors.iter().flat_map(|row| row.outputs.iter().cloned()).collect();
+        let outputs = self.plan.tensors.iter().flat_map(|row| &row.outputs).chain(&self.plan.added).cloned().collect();
         let writer = CheckpointWriter::create(&staging, outputs, self.recipe.max_shard_bytes)?;
         let mut expected = Expected::default();
         self.write_plain(&writer, &mut expected)?;
@@ -219,14 +255,19 @@ impl Runner<'_> {
             match row.action {
                 Action::Copy => {
                     let view = self.checkpoint.tensor(&row.source)?;
-                    let broken = count_not_finite(view.data, view.dtype);
+                    let mut broken = 0;
+                    // Pages are let go once they are written.
+                    let parts = view.data.chunks(PART).enumerate().inspect(|(i, part)| {
+                        self.checkpoint.release_part(&row.source, 0..i * PART);
+                        broken += count_not_finite(part, view.dtype);
+                    });
+                    writer.write_parts(&output.name, parts.map(|(_, part)| part))?;
                     if broken > 0 {
                         return Err(not_finite(&row.source, broken));
                     }
-                    writer.write(&output.name, view.data)?;
                 }
                 Action::Convert => {
-                    let values = self.checkpoint.tensor_f32(&row.source)?;
+                    let values = source_f32(self.checkpoint, &row.source)?;
                     let data = encode(&row.source, &values, output.dtype)?;
                     expected.tensor(&output.name, &data);
                     writer.write(&output.name, &data)?;
@@ -241,45 +282,41 @@ impl Runner<'_> {
     /// Packs and writes one solved linear.
     pub(crate) fn write_linear(
         &self,
-        module: &str,
-        quantized: &QuantizedLinear,
+        site: &QuantSite,
+        weights: &Weights,
+        input: Option<&InputQuantization>,
         writer: &CheckpointWriter,
         expected: &mut Expected,
     ) -> Result<(), JobError> {
-        if let Some(target) = self.recipe.target
-            && let Some(violation) = lite_pack::targets::check_scales(target, module, &quantized.scales)
-        {
-            return Err(JobError::Target { target: target.name().to_owned(), violations: vec![violation] });
+        for packed in self.pack_linear(site, weights, input, expected)? {
+            writer.write(&format!("{}.{}", site.module, packed.suffix), &packed.data)?;
         }
-        for packed in self.plan.layout.pack(quantized)? {
-            writer.write(&format!("{module}.{}", packed.suffix), &packed.data)?;
-        }
-        expected.linears.insert(module.to_owned(), fingerprint(quantized));
         Ok(())
     }
 
-    /// Without data: linear by linear, nothing is run.
-    fn data_free(&self, writer: &CheckpointWriter, expected: &mut Expected) -> Result<Vec<SiteReport>, JobError> {
-        let blocks = self.plan.sites.iter().map(|s| s.block + 1).max().unwrap_or(0);
-        let mut clock = LayerClock::new(self.observer, blocks);
-        for (i, site) in self.plan.sites.iter().enumerate() {
-            self.go_on()?;
-            if i == 0 || self.plan.sites[i - 1].block != site.block {
-                clock.started(site.block);
-            }
-            let name = format!("{}.weight", site.module);
-            let weight = self.checkpoint.tensor_f32(&name)?;
-            let solved = round_plain(site, &weight, self.plan)?;
-            self.write_linear(&site.module, &solved.quantized, writer, expected)?;
-            self.checkpoint.release([name.as_str()]);
-            if self.plan.sites.get(i + 1).is_none_or(|next| next.block != site.block) {
-                clock.done(site.block, &[]);
-            }
+    /// The tensors of one solved linear; notes what must be read back.
+    pub(crate) fn pack_linear(
+        &self,
+        site: &QuantSite,
+        weights: &Weights,
+        input: Option<&InputQuantization>,
+        expected: &mut Expected,
+    ) -> Result<Vec<PackedTensor>, JobError> {
+        let scales = match weights {
+            Weights::Int(linear) => &linear.scales,
+            Weights::Float(linear) => &linear.scales,
+        };
+        if let Some(target) = self.recipe.target
+            && let Some(violation) = lite_pack::targets::check_scales(target, &site.module, scales)
+        {
+            return Err(JobError::Target { target: target.name().to_owned(), violations: vec![violation] });
         }
-        Ok(self.plan.sites.iter().map(|site| SiteReport::new(site, None, None)).collect())
+        let packed = self.plan.layout.pack(weights, site.scheme.activations.as_ref(), input)?;
+        expected.linears.insert(site.module.clone(), fingerprint(weights, input));
+        Ok(packed)
     }
 
-    fn write_config(&self, staging: &std::path::Path) -> Result<(), JobError> {
+    fn write_config(&self, staging: &Path) -> Result<(), JobError> {
         let config = self.checkpoint.config();
         let mut set = Vec::new();
         if let Some((_, name)) = self.plan.dtype {
@@ -287,6 +324,16 @@ impl Runner<'_> {
             set.push((key, serde_json::Value::from(name)));
         }
         set.push(("quantization_config", self.plan.quantization_config.clone()));
+        // What a wrapper model says of its language model's former codes no longer holds.
+        for (key, value) in config {
+            if value.get("quantization_config").is_some() {
+                let mut inner = value.clone();
+                if let Some(keys) = inner.as_object_mut() {
+                    keys.shift_remove("quantization_config");
+                }
+                set.push((key.as_str(), inner));
+            }
+        }
         for (name, value) in &self.plan.layout_files {
             atomic_write(&staging.join(name), format!("{value:#}\n").as_bytes())?;
         }
@@ -294,7 +341,7 @@ impl Runner<'_> {
         Ok(atomic_write(&staging.join("config.json"), text.as_bytes())?)
     }
 
-    fn check(&self, staging: &std::path::Path, texts: &Texts, expected: &Expected) -> Result<CheckReport, JobError> {
+    fn check(&self, staging: &Path, texts: &Texts, expected: &Expected) -> Result<CheckReport, JobError> {
         let written = QuantizedCheckpoint::open(staging)?;
         let progress = |done: usize, of: usize| {
             self.observer.event(Event::Checking { step: "tensors", done, of });
@@ -307,7 +354,14 @@ impl Runner<'_> {
                     self.observer.event(Event::Checking { step, done, of });
                     !self.cancel.load(Ordering::Relaxed)
                 };
-                match compare_models(self.plan, spec, self.checkpoint, &written, windows, &progress) {
+                let engine = Engine::of(&written, spec)?;
+                if engine.mixed() > 0 {
+                    self.observer.event(Event::Note(&format!(
+                        "{} inputs are read by linears that quantize them in different ways or not at all; the comparison leaves those inputs in f32",
+                        engine.mixed()
+                    )));
+                }
+                match compare_models(self.plan, spec, self.checkpoint, &written, &engine, windows, &progress) {
                     Err(JobError::Runtime(lite_runtime::RuntimeError::Interrupted)) => {
                         return Err(JobError::Interrupted(self.recipe.work_dir.clone()));
                     }

@@ -8,14 +8,15 @@
 
 use std::sync::atomic::Ordering;
 
-use candle_core::Tensor;
-use lite_decoder::{Block, InputId, Stream, with_cpu_slice};
+use candle_core::{Device, Tensor};
+use lite_decoder::{Block, InputId, Role, Rope, Stream};
 use lite_stats::CrossStats;
 use lite_tune::{Side, TuneData, TuneError, TuneLinear, TuneSettings, tune_block};
 
+use crate::batches::{Batch, in_order};
 use crate::calibrate::{Pass, Sink, by_input, role};
 use crate::hidden::HiddenStates;
-use crate::layer::{Solved, solve_input};
+use crate::layer::{Drift, Solved, solve_input};
 use crate::run::{LayerClock, Runner};
 use crate::source::ModelSource;
 use crate::{Event, JobError, QuantSite};
@@ -25,7 +26,93 @@ struct Lane {
     /// `(tokens, hidden)`: the residual stream.
     residual: HiddenStates,
     /// `(tokens, heads)`: outputs of the heads, between attention and o.
-    heads: Option<HiddenStates>,
+    heads: HiddenStates,
+}
+
+/// Both models' states, and what is being gathered.
+struct Lanes {
+    float: Lane,
+    quantized: Lane,
+    /// `(tokens, intermediate)`: the quantized model's input of down, if there is room for it.
+    middle: Option<HiddenStates>,
+    stats: Option<CrossStats>,
+}
+
+/// What a lane made of one batch.
+#[derive(Default)]
+struct Step {
+    /// The input that was asked for.
+    input: Option<Tensor>,
+    /// The new residual stream, if it moved.
+    residual: Option<Tensor>,
+    /// The outputs of the heads, if they are new.
+    heads: Option<Tensor>,
+    /// The output of the last linear.
+    output: Option<Tensor>,
+}
+
+impl Lane {
+    fn keep(&mut self, first: usize, step: &Step) -> Result<(), JobError> {
+        if let Some(residual) = &step.residual {
+            self.residual.keep(first, residual)?;
+        }
+        if let Some(heads) = &step.heads {
+            self.heads.keep(first, heads)?;
+        }
+        Ok(())
+    }
+}
+
+/// A block on its way through the windows.
+#[derive(Clone, Copy)]
+struct Walk<'a> {
+    rope: &'a Rope,
+    hidden: usize,
+    heads: usize,
+    seqlen: usize,
+    device: &'a Device,
+}
+
+impl Walk<'_> {
+    fn rows(&self, store: &HiddenStates, batch: Batch, width: usize) -> Result<Tensor, JobError> {
+        store.tensor(batch, &[batch.1 * self.seqlen, width], self.device)
+    }
+
+    /// The input `stream` of one batch, from what the lane kept, and what the next input needs. `last` moves the lane
+    /// behind the block at its last input, and gives the output of the last linear too.
+    fn advance(&self, stream: Stream, block: &Block, lane: &Lane, batch: Batch, last: bool) -> Result<Step, JobError> {
+        let residual = self.rows(&lane.residual, batch, self.hidden)?;
+        Ok(match stream {
+            Stream::AttnIn => Step { input: Some(block.attn_in(&residual)?), ..Step::default() },
+            Stream::AttnOut => {
+                let heads = block.attn_out(&block.attn_in(&residual)?, self.rope)?;
+                Step { input: Some(heads.clone()), heads: Some(heads), ..Step::default() }
+            }
+            Stream::MlpIn => {
+                let residual = block.after_attn(&residual, &self.rows(&lane.heads, batch, self.heads)?)?;
+                Step { input: Some(block.mlp_in(&residual)?), residual: Some(residual), ..Step::default() }
+            }
+            Stream::MlpMid => {
+                let middle = block.mlp_mid(&block.mlp_in(&residual)?)?;
+                let mut step = Step { input: Some(middle.clone()), ..Step::default() };
+                if last {
+                    let (after, output) = block.after_mlp_with_output(&residual, &middle)?;
+                    (step.residual, step.output) = (Some(after), Some(output));
+                }
+                step
+            }
+        })
+    }
+
+    /// The quantized lane behind the block, once down is solved too.
+    fn finish(&self, block: &Block, lanes: &Lanes, batch: Batch) -> Result<Tensor, JobError> {
+        let residual = self.rows(&lanes.quantized.residual, batch, self.hidden)?;
+        let middle = match &lanes.middle {
+            Some(middle) => self.rows(middle, batch, middle.window_values() / self.seqlen)?,
+            None => block.mlp_mid(&block.mlp_in(&residual)?)?,
+        };
+        Ok(block.after_mlp(&residual, &middle)?)
+    }
 }
 
 impl Runner<'_> {
@@ -38,12 +125,16 @@ impl Runner<'_> {
         sink: &mut Sink<'_>,
     ) -> Result<(), JobError> {
         let windows = hidden.windows();
-        let mut copy = self.store("hidden-quantized", windows, pass.spec.hidden)?;
-        for (first, count) in self.batches(windows) {
-            copy.write(first, &hidden.read(first, count)?)?;
-        }
-        let mut float = Lane { residual: hidden, heads: None };
-        let mut quantized = Lane { residual: copy, heads: None };
+        let mut lanes = Lanes {
+            float: Lane { residual: hidden, heads: HiddenStates::in_memory(windows, 0) },
+            quantized: Lane {
+                residual: self.store("hidden-quantized", windows, pass.spec.hidden)?,
+                heads: HiddenStates::in_memory(windows, 0),
+            },
+            middle: None,
+            stats: None,
+        };
+        self.copy(&lanes.float.residual, &mut lanes.quantized.residual)?;
         let mut clock = LayerClock::new(self.observer, pass.spec.blocks.len());
         for block_spec in &pass.spec.blocks {
             let index = block_spec.index;
@@ -52,9 +143,10 @@ impl Runner<'_> {
             if !self.plan.folds[index].is_empty() {
                 clock.step(index, "calibrate");
                 // Folding leaves the function alone: the folded block stands for the float model too.
-                self.gather_and_fold(pass, &mut original, block_spec, &mut quantized.residual, sink, &clock)?;
+                self.gather_and_fold(pass, &mut original, block_spec, &mut lanes.quantized.residual, sink, &clock)?;
             }
-            let solved = self.solve_block(pass, index, &original, &mut float, &mut quantized, &clock)?;
+            self.calibrate_cache(pass, &original, &lanes.quantized.residual, sink)?;
+            let solved = self.solve_block(pass, index, &original, &mut lanes, &clock)?;
             let errors: Vec<f64> = solved.iter().filter_map(|(_, solved)| solved.error).collect();
             for (site, solved) in &solved {
                 self.finish_site(site, solved, sink)?;
@@ -70,43 +162,66 @@ impl Runner<'_> {
         pass: &Pass<'_>,
         index: usize,
         original: &Block,
-        float: &mut Lane,
-        quantized: &mut Lane,
+        lanes: &mut Lanes,
         clock: &LayerClock<'_>,
     ) -> Result<Vec<(&QuantSite, Solved)>, JobError> {
         let mut coded = original.clone();
         let mut done = Vec::new();
         let groups = by_input(self.plan, index);
-        let windows = float.residual.windows();
-        let heads = heads_width(pass, index);
+        let windows = lanes.float.residual.windows();
+        let last_block = index + 1 == pass.spec.blocks.len();
+        let walk = Walk {
+            rope: &pass.rope,
+            hidden: pass.spec.hidden,
+            heads: width(pass, index, Role::O),
+            seqlen: self.plan.seqlen,
+            device: &self.plan.device,
+        };
+        self.fit(&mut lanes.float.heads, "heads", walk.heads)?;
+        self.fit(&mut lanes.quantized.heads, "heads-quantized", walk.heads)?;
+        if self.plan.memory.middle > 0 {
+            let mut middle = lanes.middle.take().unwrap_or_else(|| HiddenStates::in_memory(windows, 0));
+            self.fit(&mut middle, "middle", width(pass, index, Role::Down))?;
+            lanes.middle = Some(middle);
+        }
         let before = if self.plan.solver.tune {
             let mut copy = self.store("block-input", windows, pass.spec.hidden)?;
-            for (first, count) in self.batches(windows) {
-                copy.write(first, &quantized.residual.read(first, count)?)?;
-            }
+            self.copy(&lanes.quantized.residual, &mut copy)?;
             Some(copy)
         } else {
             None
         };
-        float.heads = Some(self.store("heads", windows, heads)?);
-        quantized.heads = Some(self.store("heads-quantized", windows, heads)?);
         for stream in [Stream::AttnIn, Stream::AttnOut, Stream::MlpIn, Stream::MlpMid] {
             clock.step(index, "calibrate");
             let input = InputId { block: index, stream };
             let sites =
                 groups.iter().find(|(id, _)| *id == input).map(|(_, sites)| sites.as_slice()).unwrap_or_default();
-            let mut stats = sites.first().map(|site| CrossStats::new(site.in_features));
-            for (first, count) in self.batches(windows) {
+            let by_outputs = by_outputs(stream, sites, original);
+            lanes.stats = sites.first().map(|site| {
+                CrossStats::new(site.in_features, if by_outputs { site.out_features } else { site.in_features })
+            });
+            let work = |lanes: &Lanes, batch: Batch| {
+                let float = || walk.advance(stream, original, &lanes.float, batch, true);
+                let quantized = || walk.advance(stream, &coded, &lanes.quantized, batch, false);
+                let (float, quantized) = rayon::join(float, quantized);
+                Ok((float?, quantized?))
+            };
+            in_order(lanes, self.batches(windows), work, |lanes, (first, _), (float, quantized)| {
                 self.go_on()?;
-                let at = Place { first, count, heads };
-                let x = self.advance(pass, stream, original, float, at, true)?;
-                let y = self.advance(pass, stream, &coded, quantized, at, false)?;
-                if let Some(stats) = &mut stats {
-                    stats.update(&x, &y)?;
+                lanes.float.keep(first, &float)?;
+                lanes.quantized.keep(first, &quantized)?;
+                let Some(x) = quantized.input else { return Ok(()) };
+                if let (Some(middle), Stream::MlpMid) = (&mut lanes.middle, stream) {
+                    middle.keep(first, &x)?;
                 }
-            }
-            let Some(mut stats) = stats else { continue };
-            stats.finish();
+                let other = if by_outputs { float.output } else { float.input };
+                if let (Some(stats), Some(other)) = (&mut lanes.stats, other) {
+                    stats.update(&other, &x)?;
+                }
+                Ok(())
+            })?;
+            let Some(mut stats) = lanes.stats.take() else { continue };
+            stats.finish()?;
             let channels = stats.input.broken_channels();
             if channels > 0 {
                 let (input, total) = (format!("{stream:?}"), stats.input.in_features);
@@ -114,9 +229,13 @@ impl Runner<'_> {
             }
             clock.step(index, "solve");
             // At the very first input both streams are one: there is no drift to make up for.
-            let cross = (index > 0 || stream != Stream::AttnIn).then(|| stats.cross());
+            let drift = match (index > 0 || stream != Stream::AttnIn, by_outputs) {
+                (false, _) => Drift::None,
+                (true, false) => Drift::Inputs(stats.cross()),
+                (true, true) => Drift::Outputs(stats.cross()),
+            };
             let weights = self.weights(original, sites)?;
-            let solved = solve_input(&weights, stats.input.gram(), cross, self.plan)?;
+            let solved = solve_input(&weights, stats.input.gram(), drift, self.plan)?;
             for (site, solved) in sites.iter().zip(solved) {
                 self.place(&mut coded, site, &solved.quantized.dequantize())?;
                 done.push((*site, solved));
@@ -124,26 +243,46 @@ impl Runner<'_> {
         }
         if let Some(before) = before {
             clock.step(index, "tune");
-            let data = BlockData { input: &before, target: &float.residual };
+            let data = BlockData { input: &before, target: &lanes.float.residual };
             let tuned = self.tune(pass, index, original, &mut done, &data)?;
             self.observer.event(Event::Tuned { block: index, before: tuned.0, after: tuned.1, kept: tuned.2 });
             for (site, solved) in &done {
                 self.place(&mut coded, site, &solved.quantized.dequantize())?;
             }
             // All linears may have moved: the whole block runs again on what it was fed.
-            quantized.residual = before;
-            clock.step(index, "propagate");
-            self.propagate(&mut quantized.residual, pass, &coded)?;
+            lanes.quantized.residual = before;
+        }
+        // The last block's outputs feed nothing.
+        if last_block {
             return Ok(done);
         }
         clock.step(index, "propagate");
-        for (first, count) in self.batches(windows) {
-            self.go_on()?;
-            let residual = self.rows(&quantized.residual, first, count, pass.spec.hidden)?;
-            let middle = coded.mlp_mid(&coded.mlp_in(&residual)?)?;
-            keep(&mut quantized.residual, first, &coded.after_mlp(&residual, &middle)?)?;
+        if self.plan.solver.tune {
+            self.propagate(&mut lanes.quantized.residual, pass, &coded)?;
+        } else {
+            let work = |lanes: &Lanes, batch: Batch| walk.finish(&coded, lanes, batch);
+            in_order(lanes, self.batches(windows), work, |lanes, (first, _), after| {
+                self.go_on()?;
+                lanes.quantized.residual.keep(first, &after)
+            })?;
         }
         Ok(done)
+    }
+
+    /// Gives `store` this width; one that has it already is used again.
+    fn fit(&self, store: &mut HiddenStates, name: &str, width: usize) -> Result<(), JobError> {
+        if store.window_values() != width * self.plan.seqlen {
+            *store = self.store(name, store.windows(), width)?;
+        }
+        Ok(())
+    }
+
+    /// All windows of `from`.
+    fn copy(&self, from: &HiddenStates, to: &mut HiddenStates) -> Result<(), JobError> {
+        for (first, count) in self.batches(from.windows()) {
+            to.write(first, &from.read(first, count)?)?;
+        }
+        Ok(())
     }
 
     /// Tunes the solved linears of a block against the float block; returns the held-out error before and after, and
@@ -176,53 +315,6 @@ impl Runner<'_> {
         }
         Ok((outcome.held_out_before, outcome.held_out_after, outcome.kept))
     }
-
-    /// The input `stream` of one batch, from what the lane kept; keeps what the next input needs. `last` moves the lane
-    /// behind the block at its last input.
-    fn advance(
-        &self,
-        pass: &Pass<'_>,
-        stream: Stream,
-        block: &Block,
-        lane: &mut Lane,
-        at: Place,
-        last: bool,
-    ) -> Result<Tensor, JobError> {
-        let residual = self.rows(&lane.residual, at.first, at.count, pass.spec.hidden)?;
-        Ok(match stream {
-            Stream::AttnIn => block.attn_in(&residual)?,
-            Stream::AttnOut => {
-                let heads = block.attn_out(&block.attn_in(&residual)?, &pass.rope)?;
-                if let Some(store) = &mut lane.heads {
-                    keep(store, at.first, &heads)?;
-                }
-                heads
-            }
-            Stream::MlpIn => {
-                let kept = lane
-                    .heads
-                    .as_ref()
-                    .ok_or_else(|| JobError::Input("the heads' outputs were not kept".to_owned()))?;
-                let heads = self.rows(kept, at.first, at.count, at.heads)?;
-                let residual = block.after_attn(&residual, &heads)?;
-                keep(&mut lane.residual, at.first, &residual)?;
-                block.mlp_in(&residual)?
-            }
-            Stream::MlpMid => {
-                let middle = block.mlp_mid(&block.mlp_in(&residual)?)?;
-                if last {
-                    keep(&mut lane.residual, at.first, &block.after_mlp(&residual, &middle)?)?;
-                }
-                middle
-            }
-        })
-    }
-
-    /// `(tokens of count windows, width)`.
-    fn rows(&self, store: &HiddenStates, first: usize, count: usize, width: usize) -> Result<Tensor, JobError> {
-        let shape = [count * self.plan.seqlen, width];
-        crate::fold::tensor(store.read(first, count)?, &shape, &self.plan.device)
-    }
 }
 
 /// The hidden states around a block, for tuning.
@@ -250,19 +342,15 @@ impl TuneData for BlockData<'_> {
     }
 }
 
-/// One batch.
-#[derive(Clone, Copy)]
-struct Place {
-    first: usize,
-    count: usize,
-    heads: usize,
+/// Whether the drift at an input is gathered from the float linear's outputs, which the forward pass makes anyway:
+/// for down, N·K instead of K² per token, a third for most models.
+fn by_outputs(stream: Stream, sites: &[&QuantSite], original: &Block) -> bool {
+    stream == Stream::MlpMid
+        && original.bias(Role::Down).is_none()
+        && matches!(sites, [site] if site.out_features < site.in_features)
 }
 
-fn keep(store: &mut HiddenStates, first: usize, values: &Tensor) -> Result<(), JobError> {
-    with_cpu_slice(values, |values| store.write(first, values))?
-}
-
-/// Width of the heads' outputs of a block.
-fn heads_width(pass: &Pass<'_>, index: usize) -> usize {
-    pass.spec.blocks[index].sites.iter().find(|s| s.input.stream == Stream::AttnOut).map_or(0, |s| s.in_features)
+/// Input channels of a linear of a block.
+fn width(pass: &Pass<'_>, index: usize, role: Role) -> usize {
+    pass.spec.blocks[index].site(role).map_or(0, |site| site.in_features)
 }

@@ -1,18 +1,22 @@
 //! The original's weights as the decoder asks for them.
 
-use lite_decoder::{CheckpointSource, DecoderError, DecoderSpec, WeightSource};
-use lite_model::Checkpoint;
+use lite_decoder::{DecoderError, DecoderSpec, WeightSource};
+use lite_model::{Checkpoint, Dtype};
+use lite_runtime::{FloatSource, RuntimeError};
 
-/// A checkpoint in which a tied embedding or head may be stored under the other's name.
+use crate::JobError;
+
+/// A checkpoint in which a tied embedding or head may be stored under the other's name. fp8 codes are read as the
+/// values they stand for.
 pub(crate) struct ModelSource<'a> {
-    inner: CheckpointSource<'a>,
+    inner: FloatSource<'a>,
     /// (asked for, stored as)
     rename: Option<(String, String)>,
 }
 
 impl<'a> ModelSource<'a> {
     pub(crate) fn new(checkpoint: &'a Checkpoint, spec: &DecoderSpec) -> Self {
-        Self { inner: CheckpointSource::new(checkpoint), rename: stored_embedding(checkpoint, spec) }
+        Self { inner: FloatSource::new(checkpoint), rename: stored_embedding(checkpoint, spec) }
     }
 
     fn stored<'n>(&'n self, name: &'n str) -> &'n str {
@@ -31,6 +35,43 @@ pub(crate) fn stored_embedding(checkpoint: &Checkpoint, spec: &DecoderSpec) -> O
     let head = format!("{}.weight", spec.head.module);
     let physical = |name: &str| checkpoint.info(name).is_some() && !checkpoint.is_alias(name);
     (spec.head.tied && !physical(embed) && physical(&head)).then(|| (embed.clone(), head))
+}
+
+/// Values of a tensor of the source: floats as they are, fp8 codes times their scales.
+///
+/// # Errors
+/// [`JobError::Input`] naming a tensor whose codes cannot be read; [`JobError::Model`].
+pub(crate) fn source_f32(checkpoint: &Checkpoint, name: &str) -> Result<Vec<f32>, JobError> {
+    FloatSource::new(checkpoint).tensor_f32(name).map_err(source_error)
+}
+
+/// Whether the source's weights are fp8 codes with all of their scales, which are read as values. Integers and fp4
+/// are not: choosing codes again would start from what an earlier rounding left.
+///
+/// # Errors
+/// [`JobError::Input`] naming a tensor whose scales are missing or do not fit.
+pub(crate) fn holds_float_codes(checkpoint: &Checkpoint) -> Result<bool, JobError> {
+    let packed = |name: &str| {
+        let Some((module, leaf)) = name.rsplit_once('.') else { return false };
+        let is_float = |dtype| matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F8_E4M3 | Dtype::F8_E5M2);
+        match leaf {
+            "qweight" | "weight_packed" => true,
+            "weight" => checkpoint.info(name).is_some_and(|info| !is_float(info.dtype)),
+            "weight_scale_2" => checkpoint.info(&format!("{module}.weight")).is_some(),
+            _ => false,
+        }
+    };
+    if checkpoint.names().any(packed) {
+        return Ok(false);
+    }
+    Ok(FloatSource::new(checkpoint).check().map_err(source_error)? > 0)
+}
+
+fn source_error(error: RuntimeError) -> JobError {
+    match error {
+        RuntimeError::Model(error) => JobError::Model(error),
+        other => JobError::Input(other.to_string()),
+    }
 }
 
 impl WeightSource for ModelSource<'_> {

@@ -239,6 +239,16 @@ impl Statistics {
         format!("{} (statistics in `{}`)", printable(&self.facts.calibration), self.folder.display())
     }
 
+    /// Where the text they were gathered on comes from.
+    pub fn calibration(&self) -> &str {
+        &self.facts.calibration
+    }
+
+    /// SHA-256 over that text's token ids.
+    pub fn text_digest(&self) -> &str {
+        &self.facts.text_digest
+    }
+
     /// The seed the windows were drawn with.
     pub(crate) fn seed(&self) -> u64 {
         self.facts.seed

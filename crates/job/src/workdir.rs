@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use crate::JobError;
 
 const JOB_FOLDER: &str = ".lite";
+/// The run's log: no part of the checkpoint, so no folder counts as used for it alone.
+const LOG_FILE: &str = "lite.log.jsonl";
 
 /// A work directory, locked for this run.
 #[derive(Debug)]
@@ -16,6 +18,8 @@ pub struct WorkDir {
     root: PathBuf,
     job: PathBuf,
     created: bool,
+    /// Whether an earlier run's log is there.
+    logged: bool,
     /// Held for as long as the run lives; the system releases it when the process dies.
     _lock: File,
 }
@@ -58,7 +62,7 @@ impl WorkDir {
             return Err(JobError::Usage(format!("the work directory `{shown}` is a file; choose another --work-dir")));
         }
         let entries = entries(root)?;
-        let foreign = entries.iter().filter(|name| name.as_str() != JOB_FOLDER).count();
+        let foreign = entries.iter().filter(|name| !matches!(name.as_str(), JOB_FOLDER | LOG_FILE)).count();
         if foreign == 0 {
             return Ok(());
         }
@@ -110,7 +114,8 @@ impl WorkDir {
                 remove(&job.join(name))?;
             }
         }
-        let this = Self { root: root.to_owned(), job, created, _lock: lock };
+        let logged = root.join(LOG_FILE).exists();
+        let this = Self { root: root.to_owned(), job, created, logged, _lock: lock };
         fs::create_dir(this.staging()).map_err(JobError::io("create", this.staging()))?;
         Ok((this, remains))
     }
@@ -118,6 +123,12 @@ impl WorkDir {
     /// Where the files of the result are written before they are published.
     pub fn staging(&self) -> PathBuf {
         self.job.join("out")
+    }
+
+    /// Where the log of the run belongs. It stays after [`commit`](Self::commit) and when the process dies;
+    /// [`abandon`](Self::abandon) removes it unless it was there before.
+    pub fn log_file(&self) -> PathBuf {
+        self.root.join(LOG_FILE)
     }
 
     /// Where hidden states go when they do not fit the memory budget.
@@ -160,6 +171,9 @@ impl WorkDir {
     /// Removes everything this run made. Best effort: the failure that led here matters more.
     pub fn abandon(self) {
         let _ = fs::remove_dir_all(&self.job);
+        if !self.logged {
+            let _ = fs::remove_file(self.log_file());
+        }
         if self.created {
             // Only if empty.
             let _ = fs::remove_dir(&self.root);
@@ -205,7 +219,7 @@ fn resolve(path: &Path) -> PathBuf {
     }
 }
 
-fn entries(dir: &Path) -> Result<Vec<String>, JobError> {
+pub(crate) fn entries(dir: &Path) -> Result<Vec<String>, JobError> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir).map_err(JobError::io("list", dir))? {
         let entry = entry.map_err(JobError::io("list", dir))?;
@@ -265,8 +279,15 @@ mod tests {
         assert!(!remains);
         assert!(matches!(WorkDir::open(&root, None, false), Err(JobError::State(_))), "locked");
         fs::write(work.staging().join("config.json"), "{}").unwrap();
+        fs::write(work.log_file(), "{}\n").unwrap();
         work.abandon();
         assert!(!root.exists());
+
+        fs::create_dir_all(root.join(JOB_FOLDER).join("out")).unwrap();
+        fs::write(root.join(LOG_FILE), "of the run that died\n").unwrap();
+        let (work, _) = WorkDir::open(&root, None, false).unwrap();
+        work.abandon();
+        assert_eq!(entries(&root).unwrap(), [LOG_FILE], "evidence of an earlier run is kept");
 
         fs::create_dir_all(root.join(JOB_FOLDER).join("out")).unwrap();
         let (work, remains) = WorkDir::open(&root, None, false).unwrap();
@@ -274,7 +295,7 @@ mod tests {
         fs::write(work.staging().join("config.json"), "{}").unwrap();
         fs::write(work.staging().join("model.safetensors"), "new").unwrap();
         work.commit().unwrap();
-        assert_eq!(entries(&root).unwrap(), ["config.json", "model.safetensors"]);
+        assert_eq!(entries(&root).unwrap(), ["config.json", LOG_FILE, "model.safetensors"]);
 
         fs::write(root.join("model-00001-of-00002.safetensors"), "stale").unwrap();
         fs::write(root.join("notes.txt"), "mine").unwrap();
@@ -282,7 +303,7 @@ mod tests {
         fs::write(work.staging().join("config.json"), "{\"a\":1}").unwrap();
         fs::write(work.staging().join("model.safetensors"), "newer").unwrap();
         work.commit().unwrap();
-        assert_eq!(entries(&root).unwrap(), ["config.json", "model.safetensors", "notes.txt"]);
+        assert_eq!(entries(&root).unwrap(), ["config.json", LOG_FILE, "model.safetensors", "notes.txt"]);
         assert_eq!(fs::read_to_string(root.join("model.safetensors")).unwrap(), "newer");
     }
 }

@@ -240,15 +240,29 @@ impl Checkpoint {
     ///
     /// Those of [`Checkpoint::tensor_f32`]; [`ModelError::Length`] for a buffer of another length.
     pub fn tensor_f32_into(&self, name: &str, out: &mut [f32]) -> Result<(), ModelError> {
+        let elements = self.info(name).ok_or_else(|| self.unknown(name))?.elements();
+        if out.len() != elements {
+            let (found, wanted) = (out.len() as u64, elements as u64);
+            return Err(ModelError::Length { tensor: name.to_owned(), unit: "elements", found, wanted });
+        }
+        self.tensor_f32_part(name, 0, out)
+    }
+
+    /// Like [`Checkpoint::tensor_f32_into`], for as many elements as `out` holds, from element `first` on.
+    ///
+    /// # Errors
+    ///
+    /// As there; [`ModelError::Length`] where the tensor does not reach that far.
+    pub fn tensor_f32_part(&self, name: &str, first: usize, out: &mut [f32]) -> Result<(), ModelError> {
         let view = self.tensor(name)?;
         let not_float = || ModelError::NotFloat { tensor: name.to_owned(), dtype: view.dtype };
         let bytes = convert::float_bytes(view.dtype).ok_or_else(not_float)?;
-        let wanted = view.data.len() / bytes;
-        if out.len() != wanted {
-            let (found, wanted) = (out.len() as u64, wanted as u64);
-            return Err(ModelError::Length { tensor: name.to_owned(), unit: "elements", found, wanted });
-        }
-        convert::to_f32(view.dtype, view.data, out);
+        let end = first.saturating_add(out.len());
+        let data = view.data.get(first.saturating_mul(bytes)..end.saturating_mul(bytes)).ok_or_else(|| {
+            let (found, wanted) = ((view.data.len() / bytes) as u64, end as u64);
+            ModelError::Length { tensor: name.to_owned(), unit: "elements", found, wanted }
+        })?;
+        convert::to_f32(view.dtype, data, out);
         Ok(())
     }
 
@@ -262,6 +276,13 @@ impl Checkpoint {
                 map.forget(info.range());
             }
         }
+    }
+
+    /// [`Checkpoint::release`] of some bytes of one tensor's data.
+    pub fn release_part(&self, name: &str, bytes: std::ops::Range<usize>) {
+        let Some((info, map)) = self.info(name).and_then(|info| Some((info, self.maps.get(info.shard)?))) else { return };
+        let whole = info.range();
+        map.forget(whole.start.saturating_add(bytes.start)..whole.end.min(whole.start.saturating_add(bytes.end)));
     }
 
     /// Data of all tensors in bytes, headers not counted.

@@ -10,8 +10,9 @@ use crate::open_file::{open_regular, special};
 use crate::text::printable_path;
 use crate::writer::atomic_copy;
 
-/// Files that the writer of a quantized checkpoint makes itself, or that describe an earlier quantization.
-const RESERVED: [&str; 4] = ["config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"];
+/// Files that the writer of a quantized checkpoint makes itself, or that describe an earlier quantization or tell of it.
+const RESERVED: [&str; 5] =
+    ["config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", "lite.log.jsonl"];
 /// Ends of names of weights, in every format met in model folders.
 const WEIGHTS: [&str; 10] =
     [".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data"];

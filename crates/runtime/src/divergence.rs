@@ -9,9 +9,11 @@
 //! KL(original ‖ quantized) = Σ p (log p − log q) = A / Z − lse(l) + lse(m)
 //! ```
 
+use crate::eval::{Estimate, quantile};
+
 /// Running softmax sums of one token.
 #[derive(Debug, Clone, Copy)]
-struct Sums {
+pub(crate) struct Sums {
     max: f32,
     sum: f64,
     argmax: u32,
@@ -19,10 +21,29 @@ struct Sums {
 }
 
 impl Sums {
-    const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0, argmax: 0, target: f32::NAN };
+    pub(crate) const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0, argmax: 0, target: f32::NAN };
 
     fn log_sum_exp(&self) -> f64 {
         f64::from(self.max) + self.sum.ln()
+    }
+
+    /// Adds the logits of vocabulary entries `first ..`.
+    pub(crate) fn update(&mut self, first: u32, logits: &[f32], target: Option<u32>) {
+        raise(self, first, logits);
+        let max = self.max;
+        self.sum += logits.iter().map(|l| f64::from((l - max).exp())).sum::<f64>();
+        self.look_up(first, logits, target);
+    }
+
+    fn look_up(&mut self, first: u32, logits: &[f32], target: Option<u32>) {
+        if let Some(logit) = target.and_then(|t| t.checked_sub(first)).and_then(|at| logits.get(at as usize)) {
+            self.target = *logit;
+        }
+    }
+
+    /// Log-probability of the target once the whole vocabulary was seen.
+    pub(crate) fn log_prob(&self) -> f64 {
+        f64::from(self.target) - self.log_sum_exp()
     }
 }
 
@@ -73,22 +94,17 @@ impl Divergence {
         }
         let max = self.quantized.max;
         self.quantized.sum += quantized.iter().map(|m| f64::from((m - max).exp())).sum::<f64>();
-        if let Some(at) = self.target.and_then(|t| t.checked_sub(first)).map(|t| t as usize)
-            && at < original.len()
-        {
-            self.original.target = original[at];
-            self.quantized.target = quantized[at];
-        }
+        self.original.look_up(first, original, self.target);
+        self.quantized.look_up(first, quantized, self.target);
     }
 
     /// The token's score once the whole vocabulary was seen.
     pub fn finish(&self) -> TokenScore {
         let (lse, quantized_lse) = (self.original.log_sum_exp(), self.quantized.log_sum_exp());
-        let nll = |sums: &Sums, lse: f64| lse - f64::from(sums.target);
         TokenScore {
             kl: self.cross / self.original.sum - lse + quantized_lse,
             same_top: self.original.argmax == self.quantized.argmax,
-            nll: self.target.map(|_| (nll(&self.original, lse), nll(&self.quantized, quantized_lse))),
+            nll: self.target.map(|_| (-self.original.log_prob(), -self.quantized.log_prob())),
         }
     }
 }
@@ -107,49 +123,117 @@ fn raise(sums: &mut Sums, first: u32, logits: &[f32]) {
     }
 }
 
-/// Scores of many tokens.
+/// Counts of tokens by their KL, in bins of equal width on a logarithmic axis.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KlHistogram {
+    /// Tokens below [`FIRST`](Self::FIRST), those whose KL rounds to a little less than zero among them.
+    pub below: u64,
+    /// Tokens in `[edge(i), edge(i + 1))`.
+    pub counts: [u64; Self::BINS],
+    /// Tokens at or above the last edge.
+    pub above: u64,
+}
+
+impl KlHistogram {
+    /// Number of bins.
+    pub const BINS: usize = 40;
+    /// Bins per factor of ten.
+    pub const PER_DECADE: usize = 4;
+    /// Lower edge of the first bin, nats. Below it is what f32 logits cannot tell from zero.
+    pub const FIRST: f64 = 1e-8;
+
+    /// Lower edge of bin `i`, which is also the upper edge of the bin before, nats.
+    pub fn edge(i: usize) -> f64 {
+        Self::FIRST * 10f64.powf(i as f64 / Self::PER_DECADE as f64)
+    }
+
+    /// Counts `sorted` values, which rise; NaN at their end counts as above.
+    fn of(sorted: &[f64]) -> Self {
+        let upto = |i: usize| sorted.partition_point(|kl| *kl < Self::edge(i));
+        let bounds: Vec<usize> = (0..=Self::BINS).map(upto).collect();
+        let mut counts = [0; Self::BINS];
+        for (count, pair) in counts.iter_mut().zip(bounds.windows(2)) {
+            *count = (pair[1] - pair[0]) as u64;
+        }
+        Self { below: bounds[0] as u64, counts, above: (sorted.len() - bounds[Self::BINS]) as u64 }
+    }
+}
+
+/// Scores of many tokens. Standard errors take tokens for independent, as llama.cpp's do.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DivergenceSummary {
     /// Tokens scored.
     pub tokens: usize,
+    /// Tokens of them that predict a next one: what perplexity and `delta_p` are over.
+    pub predictions: usize,
     /// Mean KL(original ‖ quantized), nats per token.
     pub kl_mean: f64,
+    /// Standard error of that mean.
+    pub kl_standard_error: f64,
     /// Median KL.
     pub kl_median: f64,
+    /// 90th percentile of KL, linear between ranks.
+    pub kl_p90: f64,
     /// 99th percentile of KL.
     pub kl_p99: f64,
+    /// 99.9th percentile of KL.
+    pub kl_p999: f64,
     /// Largest KL.
     pub kl_max: f64,
+    /// How many tokens have how much of it.
+    pub kl_histogram: KlHistogram,
     /// Share of tokens on which both models rank the same token first.
     pub top1: f64,
+    /// Standard error of that share: `sqrt(p (1 − p) / (n − 1))`.
+    pub top1_standard_error: f64,
     /// exp of the mean next-token NLL of the original.
     pub perplexity_original: f64,
+    /// Its standard error.
+    pub perplexity_original_standard_error: f64,
     /// exp of the mean next-token NLL of the quantized model.
     pub perplexity_quantized: f64,
+    /// Its standard error.
+    pub perplexity_quantized_standard_error: f64,
+    /// Perplexity of the quantized model over the original's, with its standard error by the delta method over the
+    /// differences of the tokens' NLL.
+    pub perplexity_ratio: Estimate,
+    /// Mean change of the correct token's probability, quantized − original.
+    pub delta_p_mean: Estimate,
+    /// Root mean square of that change.
+    pub delta_p_rms: Estimate,
 }
 
 impl DivergenceSummary {
     /// Summarises `scores`; NaN everywhere if there are none.
     pub fn of(scores: &[TokenScore]) -> Self {
-        let mut kl: Vec<f64> = scores.iter().map(|s| s.kl).collect();
-        kl.sort_by(f64::total_cmp);
-        let quantile = |q: f64| match kl.len() {
-            0 => f64::NAN,
-            n => kl[((n - 1) as f64 * q).round() as usize],
-        };
-        let mean = |values: &mut dyn Iterator<Item = f64>| {
-            let (sum, count) = values.fold((0.0, 0usize), |(sum, count), v| (sum + v, count + 1));
-            sum / count as f64
-        };
+        let mut sorted: Vec<f64> = scores.iter().map(|s| s.kl).collect();
+        sorted.sort_by(f64::total_cmp);
+        let nll: Vec<(f64, f64)> = scores.iter().filter_map(|s| s.nll).collect();
+        let kl = Estimate::mean(scores.iter().map(|s| s.kl));
+        let top1 = Estimate::mean(scores.iter().map(|s| f64::from(u8::from(s.same_top))));
+        let original = Estimate::mean(nll.iter().map(|n| n.0)).exp();
+        let quantized = Estimate::mean(nll.iter().map(|n| n.1)).exp();
+        let delta_p = nll.iter().map(|(original, quantized)| (-quantized).exp() - (-original).exp());
         Self {
             tokens: scores.len(),
-            kl_mean: mean(&mut scores.iter().map(|s| s.kl)),
-            kl_median: quantile(0.5),
-            kl_p99: quantile(0.99),
-            kl_max: quantile(1.0),
-            top1: mean(&mut scores.iter().map(|s| f64::from(u8::from(s.same_top)))),
-            perplexity_original: mean(&mut scores.iter().filter_map(|s| s.nll).map(|n| n.0)).exp(),
-            perplexity_quantized: mean(&mut scores.iter().filter_map(|s| s.nll).map(|n| n.1)).exp(),
+            predictions: nll.len(),
+            kl_mean: kl.value,
+            kl_standard_error: kl.standard_error,
+            kl_median: quantile(&sorted, 0.5),
+            kl_p90: quantile(&sorted, 0.9),
+            kl_p99: quantile(&sorted, 0.99),
+            kl_p999: quantile(&sorted, 0.999),
+            kl_max: quantile(&sorted, 1.0),
+            kl_histogram: KlHistogram::of(&sorted),
+            top1: top1.value,
+            top1_standard_error: top1.standard_error,
+            perplexity_original: original.value,
+            perplexity_original_standard_error: original.standard_error,
+            perplexity_quantized: quantized.value,
+            perplexity_quantized_standard_error: quantized.standard_error,
+            perplexity_ratio: Estimate::mean(nll.iter().map(|(original, quantized)| quantized - original)).exp(),
+            delta_p_mean: Estimate::mean(delta_p.clone()),
+            delta_p_rms: Estimate::mean(delta_p.map(|d| d * d)).sqrt(),
         }
     }
 }
@@ -190,6 +274,20 @@ mod tests {
                 assert!((a - x).abs() < 1e-5 && (b - y).abs() < 1e-5);
             }
         }
+    }
+
+    #[test]
+    fn the_histogram_counts_every_token_once() {
+        let mut values = vec![-1e-12, 0.0, 9e-9, 1e-8, 1.1e-8, 5e-4, 0.02, 0.02, 3.0, 99.0, 1e2, 1e9];
+        values.sort_by(f64::total_cmp);
+        let histogram = KlHistogram::of(&values);
+        assert_eq!((histogram.below, histogram.above), (3, 2));
+        assert_eq!(histogram.counts[..2], [2, 0]);
+        // 0.02 = 10^-1.699, and -1.699 is 6.301 decades, 25.2 bins, above 1e-8.
+        assert_eq!(histogram.counts[25], 2);
+        assert_eq!(histogram.counts.iter().sum::<u64>() + 5, values.len() as u64);
+        assert!((KlHistogram::edge(KlHistogram::BINS) / 100.0 - 1.0).abs() < 1e-12);
+        assert_eq!(KlHistogram::of(&[]).counts, [0; KlHistogram::BINS]);
     }
 
     #[test]

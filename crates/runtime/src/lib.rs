@@ -7,12 +7,23 @@
 
 mod compare;
 mod divergence;
+mod engine;
 mod error;
+pub mod eval;
+mod float_source;
+pub mod generate;
+mod inspect;
 mod reopen;
+mod stored;
 mod stream;
+pub mod verify;
 
-pub use compare::{CompareProgress, Comparison, LayerError, compare};
-pub use divergence::{Divergence, DivergenceSummary, TokenScore};
+pub use compare::{CompareProgress, Comparison, LayerError, check_alike, compare, compare_subjects};
+pub use divergence::{Divergence, DivergenceSummary, KlHistogram, TokenScore};
+pub use engine::{CacheScales, Engine, attention_module, kv_heads};
 pub use error::RuntimeError;
+pub use float_source::FloatSource;
+pub use inspect::{DtypeTotal, Inspection, LinearFacts, TensorFacts, inspect};
 pub use reopen::{QuantizedCheckpoint, QuantizedSource};
-pub use stream::embed;
+pub use stored::{Storage, StoredLinear, stored_linears};
+pub use stream::{Subject, embed};

@@ -4,8 +4,7 @@ use std::path::Path;
 
 use lite_decoder::{CheckpointSource, DecoderError, WeightSource};
 use lite_model::Checkpoint;
-use lite_pack::{Layout, ParsedConfig, TensorRef, detect};
-use lite_quant::QuantizedLinear;
+use lite_pack::{Layout, ParsedConfig, TensorRef, Unpacked, detect};
 
 use crate::RuntimeError;
 
@@ -55,7 +54,7 @@ impl QuantizedCheckpoint {
     ///
     /// # Errors
     /// Tensors that are missing, of the wrong type or shape, or hold values out of range.
-    pub fn linear(&self, module: &str, n: usize, k: usize) -> Result<QuantizedLinear, RuntimeError> {
+    pub fn linear(&self, module: &str, n: usize, k: usize) -> Result<Unpacked, RuntimeError> {
         let get = |suffix: &str| {
             let view = self.checkpoint.tensor(&format!("{module}.{suffix}")).ok()?;
             Some(TensorRef { dtype: view.dtype, shape: view.shape, data: view.data })
@@ -113,7 +112,7 @@ impl WeightSource for QuantizedSource<'_> {
             return Err(unreadable(name, "is stored packed, but the decoder has no such linear"));
         };
         let linear = self.quantized.linear(module, n, k).map_err(|error| unreadable(name, error))?;
-        Ok((vec![n, k], linear.dequantize()))
+        Ok((vec![n, k], linear.weights.dequantize()))
     }
 
     fn contains(&self, name: &str) -> bool {

@@ -2,10 +2,10 @@
 
 use std::io::Write;
 
-use lite_job::{CalibSettings, Recipe};
+use lite_job::Recipe;
 
-use super::quantize::device;
 use crate::args::{CalibrateArgs, Format};
+use crate::log::RunLog;
 use crate::output;
 use crate::progress::Progress;
 
@@ -16,21 +16,17 @@ pub(crate) fn run(args: &CalibrateArgs, format: Format) -> anyhow::Result<()> {
         download_dir: args.resources.download_dir.clone(),
         work_dir: args.work_dir.clone(),
         overwrite: args.overwrite,
-        calib: CalibSettings {
-            dataset: args.calib.calib_dataset.clone(),
-            samples: args.calib.samples(),
-            seqlen: args.calib.calib_seqlen,
-            seed: args.calib.seed(),
-        },
+        calib: args.calib.settings(),
         batch_size: args.calib.batch_size,
-        device: device(args.resources.device),
+        device: args.resources.device,
         max_shard_bytes: args.resources.max_shard_size,
         max_memory: args.resources.max_memory,
         ..Recipe::new(args.model.clone())
     };
     let cancel = super::cancel_flag()?;
     let progress = Progress::new(format);
-    let report = lite_job::calibrate(&recipe, &progress, &cancel)?;
+    let log = RunLog::new(&progress);
+    let report = lite_job::calibrate(&recipe, &log, &cancel).inspect_err(|error| log.failed(error))?;
     drop(progress);
     let mut stdout = std::io::stdout().lock();
     match format {

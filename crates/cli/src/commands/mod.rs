@@ -1,8 +1,19 @@
 //! One module per subcommand.
 
+pub(crate) mod blocked_fp8;
 mod calibrate;
+pub(crate) mod convert;
+pub(crate) mod env;
+pub(crate) mod eval;
+pub(crate) mod generate;
+pub(crate) mod inspect;
 mod plan;
 mod quantize;
+pub(crate) mod report_args;
+pub(crate) mod rtn;
+pub(crate) mod scheme_args;
+pub(crate) mod smooth_quant;
+pub(crate) mod verify;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -21,6 +32,15 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::AutoAwq(args) => quantize::run(MethodName::Awq, args, cli.format),
         Command::AutoGptq(args) => quantize::run(MethodName::Gptq, args, cli.format),
         Command::Calibrate(args) => calibrate::run(args, cli.format),
+        Command::Env(args) => env::run(args, cli.format),
+        Command::Eval(args) => eval::run(args, cli.format),
+        Command::Generate(args) => generate::run(args, cli.format),
+        Command::Convert(args) => convert::run(args, cli.format),
+        Command::Inspect(args) => inspect::run(args, cli.format),
+        Command::Verify(args) => verify::run(args, cli.format),
+        Command::Rtn(args) => rtn::run(args, cli.format),
+        Command::BlockedFp8(args) => blocked_fp8::run(args, cli.format),
+        Command::SmoothQuant(args) => smooth_quant::run(args, cli.format),
         Command::Plan { method, args } => plan::run(*method, args, cli.format),
     }
 }

@@ -2,22 +2,27 @@
 
 use std::io::Write;
 
-use lite_job::{
-    CalibSettings, DeviceChoice, DtypeChoice, EvalSettings, JobError, Method, Override, Recipe, Rounding, Solver,
-    StatsSource,
-};
+use lite_job::{DtypeChoice, Finished, JobError, Method, Override, Recipe, Rounding, Solver, StatsSource};
 use lite_pack::targets::Target;
 
-use crate::args::{Device, Dtype, Effort, Format, MethodName, QuantizeArgs, Range, RoundingName, SolverArgs};
+use crate::args::{Dtype, Effort, Format, MethodName, QuantizeArgs, Range, RoundingName, SolverArgs};
+use super::report_args::ReportArgs;
+use crate::log::RunLog;
 use crate::output;
 use crate::progress::Progress;
 
 /// Quantizes, and prints the result on standard output.
 pub(crate) fn run(method: MethodName, args: &QuantizeArgs, format: Format) -> anyhow::Result<()> {
-    let recipe = recipe(method, args)?;
+    execute(&recipe(method, args)?, &args.report, format)
+}
+
+/// Runs a recipe, and prints the result on standard output.
+pub(crate) fn execute(recipe: &Recipe, report: &ReportArgs, format: Format) -> anyhow::Result<()> {
     let cancel = super::cancel_flag()?;
     let progress = Progress::new(format);
-    let report = lite_job::run(&recipe, &progress, &cancel)?;
+    let log = RunLog::new(&progress);
+    let documents = |finished: &Finished<'_>| report.documents(recipe, finished, &log, &cancel);
+    let report = lite_job::run_with(recipe, &log, &documents, &cancel).inspect_err(|error| log.failed(error))?;
     drop(progress);
     let mut stdout = std::io::stdout().lock();
     match format {
@@ -31,13 +36,7 @@ pub(crate) fn run(method: MethodName, args: &QuantizeArgs, format: Format) -> an
 /// The recipe that equals the flags.
 pub(crate) fn recipe(method: MethodName, args: &QuantizeArgs) -> Result<Recipe, JobError> {
     let weights = &args.weights;
-    let target = match weights.target.as_deref() {
-        None => None,
-        Some(name) => Some(Target::from_name(name).ok_or_else(|| {
-            let known: Vec<&str> = Target::ALL.iter().map(|t| t.name()).collect();
-            JobError::Usage(format!("--target {name}: give one of {}", known.join(", ")))
-        })?),
-    };
+    let target = target(weights.target.as_deref())?;
     if weights.tp == 0 {
         return Err(JobError::Usage("--tp 0: give the number of GPUs a model is split over, at least 1".to_owned()));
     }
@@ -54,6 +53,9 @@ pub(crate) fn recipe(method: MethodName, args: &QuantizeArgs) -> Result<Recipe, 
         solver: solver(method, &args.solver, args.calib.samples() == 0),
         overrides: weights.overrides.iter().map(|text| read_override(text)).collect::<Result<_, _>>()?,
         ignore: weights.ignore.clone(),
+        scheme: None,
+        power_of_two_scales: false,
+        kv_cache: weights.kv_cache.map(Into::into),
         bits: weights.w_bits,
         group_size: weights.w_group_size,
         symmetric: match method {
@@ -64,43 +66,39 @@ pub(crate) fn recipe(method: MethodName, args: &QuantizeArgs) -> Result<Recipe, 
             Range::Search => lite_quant::Range::Search,
             Range::Minmax => lite_quant::Range::MinMax,
         },
-        dtype: match weights.dtype {
-            Dtype::Auto => DtypeChoice::Auto,
-            Dtype::Float16 => DtypeChoice::Float16,
-            Dtype::Bfloat16 => DtypeChoice::Bfloat16,
-        },
+        dtype: dtype(weights.dtype),
         layout: match (&weights.layout, target, method) {
             (None, None, MethodName::Gptq) => Some("gptq".to_owned()),
             (layout, _, _) => layout.clone(),
         },
         target,
         tensor_parallel: weights.tp,
-        calib: CalibSettings {
-            dataset: args.calib.calib_dataset.clone(),
-            samples: args.calib.samples(),
-            seqlen: args.calib.calib_seqlen,
-            seed: args.calib.seed(),
-        },
+        calib: args.calib.settings(),
         stats: stats(args)?,
-        eval: EvalSettings {
-            dataset: args.check.eval_dataset.clone(),
-            windows: args.check.eval_samples,
-            seqlen: args.check.eval_seqlen,
-        },
+        eval: args.check.settings(),
         batch_size: args.calib.batch_size,
-        device: device(args.resources.device),
+        device: args.resources.device,
         max_shard_bytes: args.resources.max_shard_size,
         max_memory: args.resources.max_memory,
     })
 }
 
-/// `--device`.
-pub(crate) fn device(device: Device) -> DeviceChoice {
-    match device {
-        Device::Auto => DeviceChoice::Auto,
-        Device::Cpu => DeviceChoice::Cpu,
-        Device::Cuda => DeviceChoice::Cuda,
+/// `--dtype`.
+pub(crate) fn dtype(dtype: Dtype) -> DtypeChoice {
+    match dtype {
+        Dtype::Auto => DtypeChoice::Auto,
+        Dtype::Float16 => DtypeChoice::Float16,
+        Dtype::Bfloat16 => DtypeChoice::Bfloat16,
     }
+}
+
+/// `--target`.
+pub(crate) fn target(name: Option<&str>) -> Result<Option<Target>, JobError> {
+    let Some(name) = name else { return Ok(None) };
+    Ok(Some(Target::from_name(name).ok_or_else(|| {
+        let known: Vec<&str> = Target::ALL.iter().map(|t| t.name()).collect();
+        JobError::Usage(format!("--target {name}: give one of {}", known.join(", ")))
+    })?))
 }
 
 /// `--stats`, with the calibration flags that were typed beside it.
@@ -150,12 +148,13 @@ fn solver(method: MethodName, args: &SolverArgs, data_free: bool) -> Solver {
 }
 
 /// Reads `REGEX:bits=8,group_size=64,symmetric=true`.
-fn read_override(text: &str) -> Result<Override, JobError> {
+pub(crate) fn read_override(text: &str) -> Result<Override, JobError> {
     let bad = |why: &str| {
         JobError::Usage(format!("--override `{text}`: {why}; write it like 'mlp.down_proj:bits=8,group_size=64'"))
     };
     let (pattern, changes) = text.rsplit_once(':').ok_or_else(|| bad("no `:` between the regex and the settings"))?;
-    let mut rule = Override { pattern: pattern.to_owned(), bits: None, group_size: None, symmetric: None };
+    let mut rule =
+        Override { pattern: pattern.to_owned(), bits: None, group_size: None, symmetric: None, scheme: None };
     for change in changes.split(',') {
         let (key, value) = change.split_once('=').ok_or_else(|| bad("a setting has no `=`"))?;
         let number = || value.trim().parse::<i64>().map_err(|_| bad(&format!("`{value}` is no whole number")));
@@ -165,7 +164,8 @@ fn read_override(text: &str) -> Result<Override, JobError> {
             "symmetric" => {
                 rule.symmetric = Some(value.trim().parse().map_err(|_| bad("`symmetric` is true or false"))?);
             }
-            other => return Err(bad(&format!("`{other}` is none of bits, group_size, symmetric"))),
+            "scheme" => rule.scheme = Some(super::scheme_args::scheme("--override", value.trim())?),
+            other => return Err(bad(&format!("`{other}` is none of bits, group_size, symmetric, scheme"))),
         }
     }
     Ok(rule)
@@ -183,6 +183,7 @@ mod tests {
             bits: Some(8),
             group_size: Some(-1),
             symmetric: Some(true),
+            scheme: None,
         };
         assert_eq!(rule, wanted);
         for bad in ["down_proj", "a:bits", "a:bits=x", "a:colour=3", "a:symmetric=1"] {

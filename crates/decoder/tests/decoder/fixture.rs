@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
-use lite_decoder::{Block, DecoderError, DecoderSpec, Embedding, Head, NoTap, Rope, WeightSource};
+use lite_decoder::{AttnSpec, Block, Compute, DecoderError, DecoderSpec, Embedding, Head, NoTap, Rope, WeightSource};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value};
 
@@ -106,7 +106,16 @@ impl Fixture {
     }
 
     pub(crate) fn block(&self, index: usize) -> Block {
-        Block::load(&self.spec, index, &self.weights, &Device::Cpu).unwrap()
+        self.block_on(index, &Compute::cpu())
+    }
+
+    pub(crate) fn block_on(&self, index: usize, compute: &Compute) -> Block {
+        Block::load(&self.spec, index, &self.weights, compute).unwrap()
+    }
+
+    pub(crate) fn kv_heads(&self, index: usize) -> usize {
+        let AttnSpec::Gqa(attn) = &self.spec.blocks[index].attn else { panic!("no key and value heads") };
+        attn.kv_heads
     }
 
     pub(crate) fn embed(&self, windows: &[Vec<u32>]) -> Tensor {

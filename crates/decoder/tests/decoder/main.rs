@@ -3,6 +3,7 @@
 #![allow(clippy::print_stderr)]
 
 mod bad_configs;
+mod compute;
 mod fixture;
 mod folds;
 mod forward;

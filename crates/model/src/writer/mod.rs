@@ -112,19 +112,42 @@ impl CheckpointWriter {
     /// [`ModelError::Output`] for a name that was not announced or was already written; [`ModelError::Length`] where
     /// `data` is not as long as dtype and shape say; [`ModelError::Io`].
     pub fn write(&self, name: &str, data: &[u8]) -> Result<(), ModelError> {
+        self.write_parts(name, std::iter::once(data))
+    }
+
+    /// [`CheckpointWriter::write`] of data that comes in parts, one after the other. Each part is written before the next
+    /// is asked for, so a tensor larger than memory can be copied.
+    ///
+    /// # Errors
+    ///
+    /// As there; the length is that of all parts together.
+    pub fn write_parts<'d>(&self, name: &str, parts: impl Iterator<Item = &'d [u8]>) -> Result<(), ModelError> {
         let wrong = |what| ModelError::output(&self.dir, format!("tensor `{}` {what}", printable(name)));
         let position = *self.plan.by_name.get(name).ok_or_else(|| wrong("was not announced to the writer"))?;
         let (tensor, state) = (&self.plan.tensors[position], &self.states[position]);
-        if data.len() as u64 != tensor.bytes {
-            let (found, wanted) = (data.len() as u64, tensor.bytes);
-            return Err(ModelError::Length { tensor: name.to_owned(), unit: "bytes", found, wanted });
-        }
         if state.compare_exchange(EMPTY, BUSY, Ordering::AcqRel, Ordering::Acquire).is_err() {
             return Err(wrong("was written twice"));
         }
-        let result = self.files[tensor.shard].write_all_at(data, tensor.offset);
+        let length = |found| ModelError::Length { tensor: name.to_owned(), unit: "bytes", found, wanted: tensor.bytes };
+        let mut written = 0u64;
+        let mut put = |part: &[u8]| {
+            let end = written.saturating_add(part.len() as u64);
+            if end > tensor.bytes {
+                return Err(length(end));
+            }
+            self.files[tensor.shard]
+                .write_all_at(part, tensor.offset + written)
+                .map_err(ModelError::io("write", &self.leftovers[tensor.shard]))?;
+            written = end;
+            Ok(())
+        };
+        let mut parts = parts;
+        let mut result = parts.try_for_each(&mut put);
+        if result.is_ok() && written != tensor.bytes {
+            result = Err(length(written));
+        }
         state.store(if result.is_ok() { DONE } else { EMPTY }, Ordering::Release);
-        result.map_err(ModelError::io("write", &self.leftovers[tensor.shard]))
+        result
     }
 
     /// Brings every shard to disk, gives them their final names and writes the index (only where there are several).

@@ -1,0 +1,265 @@
+//! Dequantized weights against the original's, folds undone.
+
+mod resemblance;
+mod steps;
+
+use std::collections::BTreeMap;
+
+use lite_decoder::{BlockSpec, SiteId};
+use lite_quant::floats::FloatFormat;
+use lite_quant::{LinearScheme, WeightScheme, Weights};
+
+use self::steps::{Grid, Summary};
+use super::findings::Findings;
+use super::folds::{self, Pair, Scales};
+use super::original::Original;
+use super::{Judged, values};
+use crate::RuntimeError;
+use crate::compare::CompareProgress;
+
+/// Bits of information in a code.
+pub(super) fn bits(scheme: &LinearScheme) -> u8 {
+    match scheme.weights {
+        WeightScheme::Int(int) => int.bits,
+        WeightScheme::Float(float) if float.format == FloatFormat::E2M1 => 4,
+        WeightScheme::Float(_) => 8,
+    }
+}
+
+/// Smallest cosine between dequantized and original weights that any known quantizer of so many bits leaves.
+fn least_cosine(bits: u8) -> f64 {
+    match bits {
+        0..=2 => 0.6,
+        3 => 0.8,
+        4 => 0.92,
+        5 | 6 => 0.97,
+        _ => 0.985,
+    }
+}
+
+/// Every packed linear against the original's weight; returns how many were compared. Holds one block of both.
+pub(super) fn check(
+    judged: &Judged<'_>,
+    original: &Original,
+    progress: CompareProgress<'_>,
+    findings: &mut Findings,
+) -> Result<usize, RuntimeError> {
+    let Some(spec) = judged.spec else { return without_decoder(judged, original, progress, findings) };
+    let mut count = 0;
+    for block in &spec.blocks {
+        if !progress("weights", block.index, spec.blocks.len()) {
+            return Err(RuntimeError::Interrupted);
+        }
+        count += block_weights(judged, original, block, findings)?;
+    }
+    let head = judged.linears.last().filter(|linear| linear.module == spec.head.module);
+    if let Some(head) = head
+        && let Some((pair, weights)) = load(judged, original, &head.module, head.n, head.k, findings)?
+    {
+        count += 1;
+        packed(judged, original, &head.module, &pair, weights.as_ref(), None, None, findings)?;
+    }
+    Ok(count)
+}
+
+fn without_decoder(
+    judged: &Judged<'_>,
+    original: &Original,
+    progress: CompareProgress<'_>,
+    findings: &mut Findings,
+) -> Result<usize, RuntimeError> {
+    let mut count = 0;
+    for (done, linear) in judged.linears.iter().enumerate() {
+        if !progress("weights", done, judged.linears.len()) {
+            return Err(RuntimeError::Interrupted);
+        }
+        if let Some((pair, weights)) = load(judged, original, &linear.module, linear.n, linear.k, findings)? {
+            // Folds are not known: what one may change is told by its column ratios alone.
+            let columns: Vec<f32> =
+                folds::column_ratios(&pair).iter().map(|r| if *r > 0.0 && r.is_finite() { *r } else { 1.0 }).collect();
+            packed(judged, original, &linear.module, &pair, weights.as_ref(), Some(&columns), None, findings)?;
+            count += 1;
+        }
+    }
+    Ok(count)
+}
+
+fn block_weights(
+    judged: &Judged<'_>,
+    original: &Original,
+    block: &BlockSpec,
+    findings: &mut Findings,
+) -> Result<usize, RuntimeError> {
+    let mut pairs = BTreeMap::new();
+    let mut coded = BTreeMap::new();
+    for site in &block.sites {
+        let found = load(judged, original, &site.module, site.out_features, site.in_features, findings)?;
+        if let Some((pair, weights)) = found {
+            pairs.insert(site.id, pair);
+            coded.insert(site.id, weights);
+        }
+    }
+    let exact = judged.quantized.is_none_or(|quantized| {
+        let config = quantized.config();
+        config.overrides.iter().map(|(_, scheme)| scheme).chain([&config.scheme]).all(|scheme| bits(scheme) >= 4)
+    });
+    let scales = folds::find(block, judged, original, &pairs, exact, findings)?;
+    let mut count = 0;
+    for site in &block.sites {
+        let Some((pair, weights)) = pairs.get(&site.id).zip(coded.get(&site.id)) else { continue };
+        let of = |map: &BTreeMap<SiteId, Vec<f32>>| map.get(&site.id).cloned();
+        let (columns, rows) = (of(&scales.columns), of(&scales.rows));
+        count += usize::from(weights.is_some());
+        packed(judged, original, &site.module, pair, weights.as_ref(), columns.as_deref(), rows.as_deref(), findings)?;
+        if site.bias {
+            bias(judged, original, &site.module, &scales, site.id, findings)?;
+        }
+    }
+    Ok(count)
+}
+
+/// Both weights of a linear, and the codes if it is packed; `None` where one of them cannot be read, which is a finding
+/// of its own.
+fn load(
+    judged: &Judged<'_>,
+    original: &Original,
+    module: &str,
+    n: usize,
+    k: usize,
+    findings: &mut Findings,
+) -> Result<Option<(Pair, Option<Weights>)>, RuntimeError> {
+    let name = format!("{module}.weight");
+    let mut weights = None;
+    let ours = if judged.is_packed(module) {
+        let unpacked = judged.quantized.and_then(|quantized| quantized.linear(module, n, k).ok());
+        values::release(judged, module);
+        let Some(unpacked) = unpacked else { return Ok(None) };
+        let values = unpacked.weights.dequantize();
+        weights = Some(unpacked.weights);
+        values
+    } else {
+        match judged.checkpoint.tensor_f32(&name) {
+            Ok(values) if values.len() == n.saturating_mul(k) => values,
+            _ => return Ok(None),
+        }
+    };
+    let Some((shape, theirs)) = original.load(&name)? else {
+        findings.warning("weights-differ", Some(module), "the original has no weight of this name to compare with");
+        return Ok(None);
+    };
+    if shape != [n, k] || theirs.len() != ours.len() {
+        let message = format!("is [{n}, {k}], the original's weight is {shape:?}");
+        findings.error("weights-differ", Some(module), message);
+        return Ok(None);
+    }
+    Ok(Some((Pair { n, k, ours, theirs }, weights)))
+}
+
+/// One linear: in all, by column, by group, by code.
+fn packed(
+    judged: &Judged<'_>,
+    original: &Original,
+    module: &str,
+    pair: &Pair,
+    weights: Option<&Weights>,
+    columns: Option<&[f32]>,
+    rows: Option<&[f32]>,
+    findings: &mut Findings,
+) -> Result<(), RuntimeError> {
+    let grid = weights.map_or(Grid::plain(pair.n, pair.k), Grid::of);
+    let Some(grid) = grid else { return Ok(()) };
+    let found = Summary::of(pair, &grid, columns, rows);
+    let bits = weights.map_or(16, |weights| bits(&LinearScheme::from(weights.scheme())));
+    if found.cosine.is_nan() || found.cosine < least_cosine(bits) {
+        let like = resemblance::find(judged, original, module, pair)?;
+        let message = format!(
+            "its weights have a cosine of {:.3} with the original's, wanted {} or more for {bits} bits{like}",
+            found.cosine,
+            least_cosine(bits)
+        );
+        findings.error("weights-differ", Some(module), message);
+        return Ok(());
+    }
+    if weights.is_none() {
+        // Rounded to the file's type after a fold.
+        if found.relative > 0.01 {
+            let message = format!(
+                "stored plain, but differs from the original's by {:.2} %, and no fold explains it",
+                100.0 * found.relative
+            );
+            findings.error("plain-differs", Some(module), message);
+        }
+        return Ok(());
+    }
+    let loose = bits < 4;
+    let factor = found.factor();
+    if (factor - 1.0).abs() > if loose { 0.5 } else { 0.2 } {
+        let message = format!(
+            "its weights are {factor:.3e} times the original's as a whole: its scales, or the scale over them, are wrong or \
+             read as their reciprocals"
+        );
+        findings.error("group-scale", Some(module), message);
+        return Ok(());
+    }
+    if let Some((count, worst)) = found.columns_off(if loose { 0.5 } else { 0.2 }) {
+        let message = format!(
+            "{count} input channels are scaled by another factor than the tensors around them say, the worst by {worst:.2}: \
+             a norm or scales of a fold are damaged"
+        );
+        findings.error("column-scale", Some(module), message);
+    }
+    if let Some((count, worst, at)) = found.groups_off(if loose { 0.35 } else { 0.08 }) {
+        let message = format!(
+            "{count} scales do not fit the original's weights; that of row {}, group {} is off by a factor of {worst:.3}",
+            at.0, at.1
+        );
+        findings.error("group-scale", Some(module), message);
+    }
+    if let Some((count, worst, at)) = found.shifted() {
+        let message = format!(
+            "{count} groups are shifted against the original's weights; row {}, group {} by {worst:.2} steps: a zero point \
+             is wrong",
+            at.0, at.1
+        );
+        findings.error("zero-shift", Some(module), message);
+    }
+    if bits >= 4
+        && let Some((count, worst, at)) = steps::outliers(pair, &grid, columns, rows, found.steps)
+    {
+        let message = format!(
+            "{count} codes are far from the original's weights; that of row {}, column {} by {worst:.1} steps, where the \
+             usual error is {:.2}: bits are flipped",
+            at.0, at.1, found.steps
+        );
+        findings.error("code-outlier", Some(module), message);
+    }
+    Ok(())
+}
+
+/// A bias, which a fold divides like the rows of its weight.
+fn bias(
+    judged: &Judged<'_>,
+    original: &Original,
+    module: &str,
+    scales: &Scales,
+    site: SiteId,
+    findings: &mut Findings,
+) -> Result<(), RuntimeError> {
+    let name = format!("{module}.bias");
+    let (Ok(ours), Some((_, theirs))) = (judged.checkpoint.tensor_f32(&name), original.load(&name)?) else {
+        return Ok(());
+    };
+    let rows = scales.rows.get(&site);
+    let largest = theirs.iter().fold(0f32, |most, value| most.max(value.abs()));
+    let wanted = |i: usize, value: f32| value * rows.and_then(|rows| rows.get(i)).copied().unwrap_or(1.0);
+    let near = |(i, (a, b)): (usize, (&f32, &f32))| {
+        let b = wanted(i, *b);
+        (a - b).abs() <= 0.03 * b.abs() + 1e-3 * largest
+    };
+    let off = ours.len().abs_diff(theirs.len()) + ours.iter().zip(&theirs).enumerate().filter(|x| !near(*x)).count();
+    if off > 0 {
+        let message = format!("{off} of {} values differ from the original's, and no fold explains them", theirs.len());
+        findings.warning("plain-differs", Some(&name), message);
+    }
+    Ok(())
+}
