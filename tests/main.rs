@@ -13,9 +13,13 @@ mod e2e {
     mod generate;
     mod gptq;
     mod layering;
+    mod manifests;
     mod outputs;
     mod poison;
     mod quantize;
+    mod recipes;
+    mod report;
+    mod resume;
     mod statistics;
     mod support;
     mod tied;

@@ -371,3 +371,32 @@ fn a_plan_shows_the_scheme_and_writes_nothing() {
     assert!(plan["scheme"].as_str().unwrap().contains("fp8 e4m3, blocks of 128×128"), "{plan}");
     assert_eq!(plan["windows"], 0);
 }
+
+/// The other verbs read what the quantizing ones wrote: the same KL, and tokens.
+#[test]
+fn eval_and_generate_read_every_layout_of_small_types() {
+    let dir = tempfile::tempdir().unwrap();
+    for (scheme, layout) in [
+        ("FP8", "modelopt"),
+        ("NVFP4", "modelopt"),
+        ("NVFP4A16", "modelopt"),
+        ("NVFP4A16", "compressed-tensors"),
+        ("FP8_BLOCK", "fp8"),
+        ("W8A8", "lmdeploy-w8a8"),
+        ("MXFP8", "compressed-tensors"),
+    ] {
+        let out = dir.path().join(format!("{scheme}-{layout}"));
+        let made = summary("rtn", &model(), &out, &[&["--scheme", scheme, "--layout", layout], &DATA, &CHECK]);
+        let flags = ["--windows", "2", "--seqlen", "128", "--canary", "0", "--format", "json"];
+        let output = lite().arg("eval").arg(&out).arg("--against").arg(model()).args(flags).output().unwrap();
+        assert!(output.status.success(), "{scheme} {layout}: {}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).unwrap();
+        let judged: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        let found = judged["comparison"]["kl_mean"].as_f64().unwrap_or_else(|| panic!("no KL in {judged}"));
+        // Other text and fewer tokens: the same size, not the same figure.
+        assert!(found > 0.2 * kl(&made) && found < 5.0 * kl(&made), "{scheme} {layout}: {found}, was {}", kl(&made));
+        let flags = ["--prompt", "The house", "--max-new-tokens", "4"];
+        let output = lite().arg("generate").arg(&out).args(flags).output().unwrap();
+        assert!(output.status.success(), "{scheme} {layout}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}

@@ -59,7 +59,7 @@ fn layers_point_downwards() {
         &["lite-awq", "lite-gptq", "lite-pack", "lite-smoothquant", "lite-tune"],
         &["lite-runtime"],
         &["lite-job"],
-        &["lite-convert"],
+        &["lite-convert", "lite-recipe", "lite-report"],
     ];
     let level = |name: &str| layers.iter().position(|layer| layer.contains(&name));
     for (name, needs) in dependencies() {

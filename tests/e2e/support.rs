@@ -17,6 +17,9 @@ pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
 }
 
+/// The log of a run, no part of the checkpoint.
+pub(crate) const LOG: &str = "lite.log.jsonl";
+
 /// The binary, offline, with an empty hub cache.
 pub(crate) fn lite() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lite"));
@@ -46,7 +49,7 @@ pub(crate) fn auto_awq_ok(model: &Path, work_dir: &Path, flags: &[&str]) -> Stri
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Every file below `dir`, by relative path.
+/// Every file below `dir`, by relative path; not the log of the run, which holds times.
 pub(crate) fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     fn walk(dir: &Path, base: &Path, into: &mut BTreeMap<String, Vec<u8>>) {
         for entry in std::fs::read_dir(dir).unwrap() {
@@ -55,6 +58,9 @@ pub(crate) fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
                 walk(&path, base, into);
             } else {
                 let name = path.strip_prefix(base).unwrap().to_string_lossy().into_owned();
+                if name == LOG {
+                    continue;
+                }
                 into.insert(name, std::fs::read(&path).unwrap());
             }
         }

@@ -63,6 +63,15 @@ pub(crate) enum Command {
     #[command(name = "smooth_quant", visible_alias = "smooth-quant")]
     SmoothQuant(Box<crate::commands::smooth_quant::SmoothQuantArgs>),
 
+    /// Run the jobs of recipe files: lite's own, LLMC's, llm-compressor's
+    Run(Box<crate::commands::run::RunArgs>),
+
+    /// Go on with an interrupted run, by the command that began it
+    Resume(crate::commands::resume::ResumeArgs),
+
+    /// Remove what an interrupted run left in its work directory; a finished result is not touched
+    Clean(crate::commands::resume::CleanArgs),
+
     /// Show what a run would do and cost, and run nothing
     Plan {
         /// The method to plan
@@ -144,6 +153,10 @@ pub(crate) struct QuantizeArgs {
     /// Replace a checkpoint that is already in the work directory
     #[arg(long)]
     pub(crate) overwrite: bool,
+
+    /// Print the recipe that equals these flags, for `lite run`, and run nothing
+    #[arg(long)]
+    pub(crate) print_recipe: bool,
 
     #[command(flatten)]
     pub(crate) weights: WeightArgs,
@@ -361,6 +374,14 @@ pub(crate) struct ResourceArgs {
     /// Memory budget, such as 16GB; hidden states go to a file when they would not fit
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
     pub(crate) max_memory: Option<u64>,
+
+    /// Start over, whatever an interrupted run finished in the work directory; without it, the run goes on there
+    #[arg(long)]
+    pub(crate) restart: bool,
+
+    /// Least seconds between two copies of the hidden states on disk
+    #[arg(long, hide = true, default_value_t = 300, value_name = "SECONDS")]
+    pub(crate) checkpoint_seconds: u64,
 
     /// Accepted for compatibility: no model here needs remote code, and none is ever run
     #[arg(long, hide = true)]

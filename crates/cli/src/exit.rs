@@ -5,12 +5,14 @@ use std::process::ExitCode;
 
 use lite_convert::ConvertError;
 use lite_job::{ErrorKind, JobError};
+use lite_recipe::RecipeError;
 use serde_json::json;
 
 use crate::args::Format;
+use crate::commands::run::BatchFailed;
 
 /// The exit code of a failure, and its name in JSON.
-fn code(kind: ErrorKind) -> (u8, &'static str) {
+pub(crate) fn code(kind: ErrorKind) -> (u8, &'static str) {
     match kind {
         ErrorKind::Usage => (2, "usage"),
         ErrorKind::Input => (3, "input"),
@@ -42,17 +44,28 @@ pub(crate) fn report(error: &anyhow::Error, format: Format) -> ExitCode {
     if error.chain().any(broken_pipe) {
         return ExitCode::SUCCESS;
     }
+    ExitCode::from(tell(error, format))
+}
+
+/// What kind of failure.
+pub(crate) fn kind(error: &anyhow::Error) -> ErrorKind {
     let converting = error.chain().find_map(|cause| cause.downcast_ref::<ConvertError>()).map(ConvertError::kind);
+    let batch = || error.chain().find_map(|cause| cause.downcast_ref::<BatchFailed>()).map(|batch| batch.kind);
+    let recipe = || error.chain().find_map(|cause| cause.downcast_ref::<RecipeError>()).map(RecipeError::kind);
     let job = || error.chain().find_map(|cause| cause.downcast_ref::<JobError>()).map(JobError::kind);
-    let kind = converting.or_else(job).unwrap_or(ErrorKind::Io);
-    let (code, name) = code(kind);
+    converting.or_else(batch).or_else(recipe).or_else(job).unwrap_or(ErrorKind::Io)
+}
+
+/// Prints a failure; returns its exit code.
+pub(crate) fn tell(error: &anyhow::Error, format: Format) -> u8 {
+    let (code, name) = code(kind(error));
     let message = message(error);
     if format == Format::Json {
         let line = json!({ "event": "error", "code": code, "kind": name, "message": message });
         let _ = writeln!(std::io::stdout(), "{line}");
     }
     let _ = writeln!(std::io::stderr(), "error: {message}");
-    ExitCode::from(code)
+    code
 }
 
 #[cfg(test)]

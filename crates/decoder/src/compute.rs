@@ -33,7 +33,7 @@ impl Compute {
             return Err(DecoderError::Device { reason: "this build has no CUDA support".to_owned() });
         }
         let failed = |error| {
-            let reason = format!("GPU {index} cannot be used: {}", first_line(&error));
+            let reason = format!("GPU {index} cannot be used: {}", explained(&error));
             DecoderError::Device { reason }
         };
         let device = Device::new_cuda(index).map_err(failed)?;
@@ -83,9 +83,14 @@ impl From<&Compute> for Compute {
     }
 }
 
-/// A driver's error without its backtrace.
-fn first_line(error: &candle_core::Error) -> String {
-    error.to_string().lines().next().unwrap_or("unknown error").to_owned()
+/// A driver's error without its backtrace, and what to do about it.
+fn explained(error: &candle_core::Error) -> String {
+    let text = error.to_string();
+    let text = text.lines().next().unwrap_or("unknown error");
+    if text.contains("CUDA_ERROR_NO_DEVICE") {
+        return "no NVIDIA driver was found, or it sees no GPU (CUDA_ERROR_NO_DEVICE)".to_owned();
+    }
+    format!("{text} (`lite env` tells which of CUDA's libraries were found)")
 }
 
 #[cfg(test)]

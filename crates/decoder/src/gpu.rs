@@ -34,8 +34,15 @@ pub fn gpus() -> Result<Vec<Gpu>, DecoderError> {
             free_bytes: free as u64,
         })
     };
-    let all = || (0..usize::try_from(CudaContext::device_count()?).unwrap_or(0)).map(gpu).collect();
-    all().map_err(|error: DriverError| DecoderError::Device { reason: format!("the CUDA driver says {:?}", error.0) })
+    let count = CudaContext::device_count().map(|count| usize::try_from(count).unwrap_or(0));
+    let found: Result<Vec<Gpu>, DriverError> = count.and_then(|count| (0..count).map(gpu).collect());
+    found.map_err(|error| {
+        let reason = match format!("{:?}", error.0).as_str() {
+            "CUDA_ERROR_NO_DEVICE" => "no NVIDIA driver was found, or it sees no GPU (CUDA_ERROR_NO_DEVICE)".to_owned(),
+            other => format!("the CUDA driver fails: {other}"),
+        };
+        DecoderError::Device { reason }
+    })
 }
 
 /// Every GPU that this process sees.

@@ -102,6 +102,9 @@ impl Runner<'_> {
             let data: Vec<u8> = scales(&heads, scheme).iter().flat_map(|scale| scale.to_le_bytes()).collect();
             sink.expected.tensor(&tensor.name, &data);
             sink.writer.write(&tensor.name, &data)?;
+            if let Some(journal) = &mut sink.journal {
+                journal.record.cache(&tensor.name, &data);
+            }
         }
         Ok(())
     }

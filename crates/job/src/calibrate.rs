@@ -13,6 +13,7 @@ use crate::batches::{Batch, in_order};
 use crate::check::{Expected, encode_edit};
 use crate::fold::{Edit, missing, tensor, to_vec};
 use crate::hidden::HiddenStates;
+use crate::journal::Journal;
 use crate::layer::{Drift, Folded, Solved, fold_block, folded_gram, solve_input};
 use crate::run::{LayerClock, Runner};
 use crate::source::ModelSource;
@@ -27,6 +28,10 @@ pub(crate) struct Sink<'a> {
     pub(crate) expected: &'a mut Expected,
     /// By module.
     pub(crate) reports: BTreeMap<String, SiteReport>,
+    /// What is finished; `None` where a run has nothing to resume.
+    pub(crate) journal: Option<&'a mut Journal>,
+    /// The block that the hidden states are behind already.
+    pub(crate) behind: Option<usize>,
 }
 
 impl Sink<'_> {
@@ -60,6 +65,7 @@ impl Runner<'_> {
         windows: &Windows,
         writer: &CheckpointWriter,
         expected: &mut Expected,
+        journal: Option<&mut Journal>,
     ) -> Result<Vec<SiteReport>, JobError> {
         let source = ModelSource::new(self.checkpoint, spec);
         let mut hidden = self.store("hidden", windows.tokens.len(), spec.hidden)?;
@@ -70,7 +76,7 @@ impl Runner<'_> {
         self.checkpoint.release([spec.embed.weight.as_str()]);
         let rope = Rope::new(spec, self.plan.seqlen, &self.plan.device)?;
         let pass = Pass { spec, rope, storage: storage_types(self.plan) };
-        let mut sink = Sink { writer, expected, reports: BTreeMap::new() };
+        let mut sink = Sink { writer, expected, reports: BTreeMap::new(), journal, behind: None };
         if matches!(self.plan.method, Method::SmoothQuant { .. }) || self.recipe.calib.if_needed {
             self.observed(&pass, &source, hidden, &mut sink)?;
         } else if self.plan.solver.error_aware {
@@ -89,10 +95,17 @@ impl Runner<'_> {
         mut hidden: HiddenStates,
         sink: &mut Sink<'_>,
     ) -> Result<(), JobError> {
+        sink.load_states(&mut [&mut hidden])?;
         let mut clock = LayerClock::new(self.observer, pass.spec.blocks.len());
         for block_spec in &pass.spec.blocks {
             let index = block_spec.index;
             clock.started(index);
+            if let Some(replayed) = self.replay(pass, source, block_spec, sink, &clock)? {
+                if self.pass_replayed(pass, index, replayed, &mut hidden, &clock)? {
+                    sink.save_states(index, &[&hidden])?;
+                }
+                continue;
+            }
             let mut block = self.load_block(pass, source, index)?;
             clock.step(index, "calibrate");
             let (stats, folded) = self.gather_and_fold(pass, &mut block, block_spec, &mut hidden, sink, &clock)?;
@@ -100,10 +113,12 @@ impl Runner<'_> {
             let errors = self.solve_gathered(index, &mut block, &stats, &folded, sink)?;
             drop(stats);
             self.calibrate_cache(pass, &block, &hidden, sink)?;
+            sink.finish_block(index)?;
             // The last block's outputs feed nothing.
             if index + 1 < pass.spec.blocks.len() {
                 clock.step(index, "propagate");
                 self.propagate(&mut hidden, pass, &block)?;
+                sink.save_states(index, &[&hidden])?;
             }
             clock.done(index, &errors);
         }
@@ -194,6 +209,7 @@ impl Runner<'_> {
         let after = block.forward(probe, &pass.rope, &mut NoTap)?;
         check_fold(block_spec.index, probe, &before, &after)?;
         self.write_edits(&folded.edits, sink)?;
+        sink.record_folded(&folded);
         Ok(folded)
     }
 
@@ -229,10 +245,7 @@ impl Runner<'_> {
     /// Writes a solved linear and notes how it went.
     pub(crate) fn finish_site(&self, site: &QuantSite, solved: &Solved, sink: &mut Sink<'_>) -> Result<(), JobError> {
         let weights = Weights::Int(solved.quantized.clone());
-        self.write_linear(site, &weights, None, sink.writer, sink.expected)?;
-        let report = SiteReport::new(site, solved.error, solved.fallback.clone());
-        sink.reports.insert(site.module.clone(), report);
-        Ok(())
+        self.finish_linear(site, &weights, None, solved.error, solved.fallback.clone(), sink)
     }
 
     /// Room for one vector of `width` per calibration token, in memory or in a file.

@@ -66,7 +66,8 @@ pub(crate) fn fingerprint(weights: &Weights, input: Option<&InputQuantization>) 
             hash.update([1, linear.scheme.format.bits()]);
             hash.update(digest(&linear.codes));
             hash.update(floats(&linear.scales));
-            hash.update(linear.global_scale.to_le_bytes());
+            // One layout stores the factor, another its inverse; f32 is what both keep of it.
+            hash.update((linear.global_scale as f32).to_le_bytes());
         }
     }
     if let Some(input) = input {

@@ -53,7 +53,7 @@ fn make_way(staging: &Path, name: &str) -> Result<(), JobError> {
 
 /// As [`Finished::kept`].
 fn kept(staging: &Path, name: &str) -> Result<Option<(String, String)>, JobError> {
-    let taken = crate::workdir::entries(staging)?;
+    let taken = entries(staging)?;
     let found = |name: &str| taken.iter().find(|taken| taken.eq_ignore_ascii_case(name));
     let Some(old) = found(name) else { return Ok(None) };
     let (stem, extension) = name.rsplit_once('.').unwrap_or((name, ""));

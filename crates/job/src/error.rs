@@ -68,6 +68,18 @@ pub enum JobError {
     /// The user stopped the run.
     #[error("interrupted; nothing was published in `{}`", .0.display())]
     Interrupted(PathBuf),
+    /// The run ended, but what it finished is kept.
+    #[error("{source}\n{done} of {of} blocks are finished and kept: {next}")]
+    Stopped {
+        /// Why it ended.
+        source: Box<JobError>,
+        /// Blocks that are kept.
+        done: usize,
+        /// Blocks in all.
+        of: usize,
+        /// What to do, in words.
+        next: String,
+    },
     /// Reading or writing failed.
     #[error("cannot {what} `{}`: {source}{}", .path.display(), hint(source))]
     Io {
@@ -174,6 +186,7 @@ impl JobError {
             Self::State(_) => ErrorKind::State,
             Self::Verification(_) | Self::Runtime(_) | Self::Fold { .. } => ErrorKind::Verification,
             Self::Interrupted(_) => ErrorKind::Interrupted,
+            Self::Stopped { source, .. } => source.kind(),
             Self::Io { .. } => ErrorKind::Io,
             Self::Quant(_) => ErrorKind::Usage,
             Self::Tune { .. } => ErrorKind::Input,

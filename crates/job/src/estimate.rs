@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use lite_decoder::BlockSpec;
+use lite_quant::WeightScheme;
 use lite_stats::StatsTap;
 
 use crate::batches::IN_FLIGHT;
@@ -94,6 +95,24 @@ impl Costs<'_> {
         blocks
     }
 
+    /// Bytes of the records of all blocks (see [`crate::record`]), and of those of the largest one.
+    pub(crate) fn records(&self) -> (u64, u64) {
+        let record = |sites: &Vec<&QuantSite>| -> u64 {
+            let bytes = sites.iter().map(|site| {
+                let weights = site.out_features as u64 * site.in_features as u64;
+                let bits = match site.scheme.weights {
+                    WeightScheme::Int(scheme) => scheme.bits,
+                    WeightScheme::Float(scheme) => scheme.format.bits(),
+                };
+                // Scales and zero points of groups of 32 or more.
+                weights / if bits <= 4 { 2 } else { 1 } + weights / 6
+            });
+            bytes.sum()
+        };
+        let blocks = self.by_block();
+        (blocks.values().map(record).sum(), blocks.values().map(record).max().unwrap_or(0))
+    }
+
     /// Bytes for a run that keeps hidden states in memory.
     pub(crate) fn memory(&self) -> MemoryEstimate {
         let weights =
@@ -146,7 +165,8 @@ impl Costs<'_> {
         let middle = if self.solver.error_aware && !self.solver.tune { middle as u64 } else { 0 };
         let blocks = if self.solver.error_aware { 2 } else { 1 };
         let grams = if self.solver.error_aware { widest * widest * 8 } else { grams };
-        let block = block * (4 * blocks + self.source_bytes_per_weight);
+        // What is recorded of a block, and the file that is made of it.
+        let block = block * (4 * blocks + self.source_bytes_per_weight) + 2 * self.records().1;
         if !calibrated {
             // Codes of one linear, packed bytes of two, panels of floats and of the source; plain tensors go through in
             // parts. fp8 codes are read as a whole: their codes and values.

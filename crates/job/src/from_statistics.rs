@@ -31,7 +31,7 @@ impl Runner<'_> {
         let rope = Rope::new(spec, tokens, &self.plan.device)?;
         let pass = Pass { spec, rope, storage: storage_types(self.plan) };
         let probe = self.probe(tokens, spec.hidden)?;
-        let mut sink = Sink { writer, expected, reports: BTreeMap::new() };
+        let mut sink = Sink { writer, expected, reports: BTreeMap::new(), journal: None, behind: None };
         let mut clock = LayerClock::new(self.observer, spec.blocks.len());
         for block_spec in &spec.blocks {
             let index = block_spec.index;

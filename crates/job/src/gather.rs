@@ -18,9 +18,10 @@ use crate::hidden::HiddenStates;
 use crate::limits::{batch_size, calibration_shape, device, fit_disk, fit_memory};
 use crate::plan::{known_decoder, refuse_quantized};
 use crate::rows::{architecture, plain_dtype};
-use crate::run::{LayerClock, calibration_windows};
+use crate::run::LayerClock;
 use crate::source::ModelSource;
 use crate::statistics::{Facts, Statistics, inputs, tensors, write_input};
+use crate::texts::calibration_windows;
 use crate::workdir::WorkDir;
 use crate::{Event, HubFetcher, JobError, Observer, Recipe, Solver, locate_model};
 

@@ -55,6 +55,11 @@ impl HiddenStates {
         self.window_values
     }
 
+    /// Bytes of all windows.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.windows as u64 * self.window_values as u64 * 4
+    }
+
     /// Values of `count` windows from `first` on.
     pub(crate) fn read(&self, first: usize, count: usize) -> Result<Vec<f32>, JobError> {
         let (start, len) = (first * self.window_values, count * self.window_values);

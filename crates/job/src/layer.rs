@@ -18,6 +18,8 @@ const SWEEPS: usize = 3;
 /// What folding left behind.
 #[derive(Debug, Default)]
 pub(crate) struct Folded {
+    /// The scales that were asked for, by fold of the plan.
+    pub(crate) found: Vec<Vec<f32>>,
     /// Scales that the consumers of an input got: the input itself was divided by them.
     pub(crate) scales: BTreeMap<InputId, Vec<f32>>,
     /// Norm weights and biases that changed, as written.
@@ -38,6 +40,7 @@ pub(crate) fn fold_block(
         let (effective, edits) = apply(block, spec, fold, &scales, storage)?;
         folded.scales.insert(fold.input, effective);
         folded.edits.extend(edits);
+        folded.found.push(scales);
     }
     Ok(folded)
 }

@@ -23,7 +23,9 @@ mod fold;
 mod from_statistics;
 mod gather;
 mod hidden;
+mod identity;
 mod inputs;
+mod journal;
 mod layer;
 mod limits;
 mod locate;
@@ -32,6 +34,8 @@ mod observed;
 mod passthrough;
 mod plan;
 mod recipe;
+mod record;
+mod replay;
 mod rows;
 mod rules;
 mod run;
@@ -42,6 +46,7 @@ mod source;
 mod statistics;
 mod stream;
 mod tensors;
+mod texts;
 mod workdir;
 
 pub use bench::measured_gemm_rate;
@@ -52,11 +57,12 @@ pub use error::{ErrorKind, JobError};
 pub use estimate::{MemoryEstimate, Work};
 pub use events::{Event, Observer, Silent};
 pub use gather::{StatisticsPlan, StatisticsReport, calibrate};
+pub use journal::{RecordedCommand, recorded_command};
 pub use locate::{HubFetcher, locate_model};
 pub use plan::{Plan, prepare};
 pub use recipe::{
-    CalibSettings, DeviceChoice, DtypeChoice, EvalSettings, Method, Override, Recipe, Rounding, SmoothScales, Solver,
-    StatsSource,
+    CalibSettings, DeviceChoice, DtypeChoice, EvalSettings, Method, Override, Recipe, ResumeSettings, Rounding,
+    SmoothScales, Solver, StatsSource,
 };
 pub use run::{RunReport, run, run_with};
 pub use schemes::words as scheme_words;

@@ -31,7 +31,7 @@ pub(crate) fn fit_memory(
     recipe: &Recipe,
     warnings: &mut Vec<String>,
 ) -> Result<(), JobError> {
-    let limit = recipe.max_memory.or_else(crate::workdir::available_memory);
+    let limit = recipe.max_memory.or_else(available_memory);
     if limit.is_some_and(|limit| memory.peak() > limit) {
         memory.middle = 0;
     }
@@ -54,6 +54,21 @@ pub(crate) fn fit_memory(
         warnings.push(format!("about {} of memory will be needed, {} are free", mib(memory.peak()), mib(limit)));
     }
     Ok(())
+}
+
+/// Memory that is free for this run, bytes: what the system has left, within the limit of its cgroup.
+pub(crate) fn available_memory() -> Option<u64> {
+    let mut system = sysinfo::System::new().ok()?;
+    system.refresh_memory();
+    let free = system.available_memory();
+    let limit = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory.max(1));
+    (free > 0).then_some(free.min(limit))
+}
+
+/// Bytes of the blocks that an interrupted run finished in `root`.
+pub(crate) fn kept_bytes(root: &Path) -> u64 {
+    let files = std::fs::read_dir(root.join(crate::workdir::JOB_FOLDER).join("blocks")).into_iter().flatten().flatten();
+    files.filter_map(|file| file.metadata().ok()).map(|meta| meta.len()).sum()
 }
 
 /// Free bytes on the disk of the work directory, if known; there must be `disk_bytes`.

@@ -5,7 +5,6 @@ use lite_linalg::unscale_gram;
 use lite_quant::{InputQuantization, Weights};
 
 use crate::calibrate::{Pass, Sink, by_input};
-use crate::check::SiteReport;
 use crate::hidden::HiddenStates;
 use crate::inputs::{InputTap, Seen, Wanted};
 use crate::layer::{Drift, Folded, solve_input};
@@ -31,9 +30,16 @@ impl Runner<'_> {
             ),
             tokens: hidden.windows() * self.plan.seqlen,
         };
+        sink.load_states(&mut [&mut hidden])?;
         let mut clock = LayerClock::new(self.observer, pass.spec.blocks.len());
         for spec in &pass.spec.blocks {
             clock.started(spec.index);
+            if let Some(replayed) = self.replay(pass, source, spec, sink, &clock)? {
+                if self.pass_replayed(pass, spec.index, replayed, &mut hidden, &clock)? {
+                    sink.save_states(spec.index, &[&hidden])?;
+                }
+                continue;
+            }
             let mut block = self.load_block(pass, source, spec.index)?;
             clock.step(spec.index, "calibrate");
             let mut tap = InputTap::new(spec, wanted);
@@ -45,10 +51,12 @@ impl Runner<'_> {
             let errors = self.solve_observed(spec.index, &mut block, &seen, &folded, sink)?;
             drop(seen);
             self.calibrate_cache(pass, &block, &hidden, sink)?;
+            sink.finish_block(spec.index)?;
             // The last block's outputs feed nothing.
             if spec.index + 1 < pass.spec.blocks.len() {
                 clock.step(spec.index, "propagate");
                 self.propagate(&mut hidden, pass, &block)?;
+                sink.save_states(spec.index, &[&hidden])?;
             }
             clock.done(spec.index, &errors);
         }
@@ -91,8 +99,7 @@ impl Runner<'_> {
             for (site, (weights, error, fallback)) in sites.iter().zip(solved) {
                 let found = self.input_scale(site, input, seen, scales)?;
                 self.place(block, site, &weights.dequantize())?;
-                self.write_linear(site, &weights, found.as_ref(), sink.writer, sink.expected)?;
-                sink.reports.insert(site.module.clone(), SiteReport::new(site, error, fallback));
+                self.finish_linear(site, &weights, found.as_ref(), error, fallback, sink)?;
                 errors.extend(error);
             }
         }

@@ -307,8 +307,11 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
     let eval_windows = costs.eval_windows;
     let mut memory = costs.memory();
     fit_memory(&mut memory, recipe, &mut warnings)?;
-    let disk_bytes = output_bytes + if memory.spooled { memory.hidden } else { 0 } + (16 << 20);
-    let disk_free = fit_disk(&recipe.work_dir, disk_bytes)?;
+    let records = if windows > 0 && recipe.stats.is_none() { costs.records().0 } else { 0 };
+    let disk_bytes = output_bytes + records + if memory.spooled { memory.hidden } else { 0 } + (16 << 20);
+    // Blocks of an interrupted run have their place already.
+    let kept = records.min(crate::limits::kept_bytes(&recipe.work_dir));
+    let disk_free = fit_disk(&recipe.work_dir, disk_bytes - kept)?;
     WorkDir::check(&recipe.work_dir, Some(checkpoint.root()), recipe.overwrite)?;
     let work = costs.work();
     let device = device(recipe, &mut notes)?;

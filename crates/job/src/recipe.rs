@@ -64,6 +64,8 @@ pub struct Recipe {
     pub max_shard_bytes: u64,
     /// Memory budget, bytes; hidden states go to a file when they would not fit.
     pub max_memory: Option<u64>,
+    /// How the run goes on where an earlier one ended.
+    pub resume: ResumeSettings,
 }
 
 impl Recipe {
@@ -97,7 +99,25 @@ impl Recipe {
             device: None,
             max_shard_bytes: 5_000_000_000,
             max_memory: None,
+            resume: ResumeSettings::default(),
         }
+    }
+}
+
+/// How a run goes on where an earlier one ended. None of it changes the result.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResumeSettings {
+    /// Start over, whatever an interrupted run left in the work directory.
+    pub restart: bool,
+    /// Least seconds between two copies of the hidden states on disk.
+    pub checkpoint_seconds: u64,
+    /// The command line, for `lite resume`; empty if there is none.
+    pub command: Vec<String>,
+}
+
+impl Default for ResumeSettings {
+    fn default() -> Self {
+        Self { restart: false, checkpoint_seconds: 300, command: Vec::new() }
     }
 }
 

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use lite_calib::{CalibError, CalibRequest, ModelTokenizer, Windows};
 use lite_model::{Checkpoint, CheckpointWriter, atomic_write, edit_config};
 use lite_pack::PackedTensor;
 use lite_quant::{InputQuantization, Weights};
@@ -12,12 +11,15 @@ use lite_runtime::{Engine, QuantizedCheckpoint};
 
 use crate::check::{Expected, check_tensors, compare_models, fingerprint};
 use crate::documents::{Documents, Finished, write_documents};
+use crate::identity::identity;
+use crate::journal::Journal;
 use crate::passthrough::{count_not_finite, encode, not_finite};
 use crate::source::source_f32;
+use crate::texts::Texts;
 use crate::workdir::WorkDir;
 use crate::{
-    Action, CalibSettings, CheckReport, Event, HubFetcher, JobError, Observer, Plan, QuantSite, Recipe, SiteReport,
-    locate_model, prepare,
+    Action, CheckReport, ErrorKind, Event, JobError, Observer, Plan, QuantSite, Recipe, SiteReport, locate_model,
+    prepare,
 };
 
 /// What a finished run did.
@@ -71,6 +73,7 @@ pub fn run_with(
     cancel: &AtomicBool,
 ) -> Result<RunReport, JobError> {
     let start = Instant::now();
+    WorkDir::finish_published(&recipe.work_dir);
     WorkDir::check(&recipe.work_dir, None, recipe.overwrite)?;
     let model = locate_model(recipe, observer, cancel)?;
     let checkpoint = Checkpoint::open(&model)?;
@@ -83,12 +86,28 @@ pub fn run_with(
     }
     observer.event(Event::Planned(&plan));
     let texts = Texts::load(recipe, &plan, observer, cancel)?;
-    let (work, remains) = WorkDir::open(&recipe.work_dir, Some(checkpoint.root()), recipe.overwrite)?;
+    // What is as fast as the disk starts over.
+    let resumable = plan.statistics.is_none() && plan.spec.is_some();
+    let windows = texts.calibration.as_ref().filter(|_| resumable);
+    let open = if windows.is_some() || recipe.resume.restart { WorkDir::open_kept } else { WorkDir::open };
+    let (work, remains) = open(&recipe.work_dir, Some(checkpoint.root()), recipe.overwrite)?;
     observer.event(Event::Opened { log: &work.log_file() });
-    if remains {
-        observer
-            .event(Event::Note("an earlier run did not finish here; its remains were cleared and the run starts over"));
-    }
+    let mut journal = match windows {
+        Some(windows) => {
+            let identity = identity(recipe, &plan, &checkpoint, windows)?;
+            let (journal, notes) = Journal::open(&work, remains, identity, recipe, &plan)?;
+            notes.iter().for_each(|note| observer.event(Event::Note(note)));
+            Some(journal)
+        }
+        None => {
+            work.clear()?;
+            if remains {
+                let note = "an earlier run did not finish here; its remains were cleared and the run starts over";
+                observer.event(Event::Note(note));
+            }
+            None
+        }
+    };
     let runner = Runner { recipe, plan: &plan, checkpoint: &checkpoint, observer, cancel, work: &work };
     let report = |sites, check| RunReport {
         output: recipe.work_dir.clone(),
@@ -110,7 +129,7 @@ pub fn run_with(
         eval_digest: texts.eval.as_ref().map(|w| w.digest.clone()),
         seconds: start.elapsed().as_secs_f64(),
     };
-    let result = runner.produce(&texts).and_then(|(sites, check)| {
+    let result = runner.produce(&texts, journal.as_mut()).and_then(|(sites, check)| {
         let report = report(sites, check);
         let staging = work.staging();
         let finished = Finished { checkpoint: &checkpoint, plan: &plan, report: &report, staging: &staging };
@@ -120,90 +139,24 @@ pub fn run_with(
     let mut report = match result {
         Ok(report) => report,
         Err(error) => {
-            work.abandon();
-            return Err(error);
+            let again = matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::Io | ErrorKind::Resources);
+            let done = journal.map_or(0, |journal| journal.done());
+            if !again || done == 0 {
+                work.abandon();
+                return Err(error);
+            }
+            work.keep();
+            let shown = recipe.work_dir.display();
+            let resume =
+                if recipe.resume.command.is_empty() { String::new() } else { format!(" or `lite resume {shown}`") };
+            let next = format!("run the same command again{resume} to go on, or `lite clean {shown}` to remove them");
+            return Err(JobError::Stopped { source: Box::new(error), done, of: plan.folds.len(), next });
         }
     };
     work.commit()?;
     report.seconds = start.elapsed().as_secs_f64();
     observer.event(Event::Finished(&report));
     Ok(report)
-}
-
-/// Token windows for calibration and for the check.
-struct Texts {
-    calibration: Option<Windows>,
-    eval: Option<Windows>,
-}
-
-impl Texts {
-    fn load(recipe: &Recipe, plan: &Plan, observer: &dyn Observer, cancel: &AtomicBool) -> Result<Self, JobError> {
-        let Some(spec) = &plan.spec else { return Ok(Self { calibration: None, eval: None }) };
-        if plan.windows == 0 && plan.eval_windows == 0 {
-            return Ok(Self { calibration: None, eval: None });
-        }
-        // The tokenizer's tables are large; they live only as long as the text is cut.
-        let tokenizer = ModelTokenizer::from_dir(&plan.model, spec.vocab)?;
-        let fetcher = HubFetcher::new(recipe, observer, cancel)?;
-        let calibration = match (&plan.statistics, &recipe.stats) {
-            _ if plan.windows == 0 => None,
-            (Some(statistics), wanted) => {
-                let dataset = wanted.as_ref().and_then(|wanted| wanted.dataset.clone());
-                if dataset.as_ref().is_some_and(|name| Path::new(name).exists()) {
-                    // A path says little of the text in it.
-                    let calib = CalibSettings { dataset, seed: statistics.seed(), ..recipe.calib.clone() };
-                    statistics.check_text(&calibration_windows(
-                        &calib,
-                        plan.windows,
-                        plan.seqlen,
-                        &tokenizer,
-                        &fetcher,
-                    )?)?;
-                }
-                None
-            }
-            (None, _) => Some(calibration_windows(&recipe.calib, plan.windows, plan.seqlen, &tokenizer, &fetcher)?),
-        };
-        let eval = match (plan.eval_windows, &recipe.eval.dataset) {
-            (0, _) => None,
-            (windows, None) => Some(lite_calib::held_out(&tokenizer, windows, plan.eval_seqlen)?),
-            (windows, Some(name)) => {
-                Some(lite_calib::eval_windows(name, &tokenizer, windows, plan.eval_seqlen, &fetcher)?)
-            }
-        };
-        for windows in calibration.iter().chain(&eval) {
-            for note in &windows.notes {
-                observer.event(Event::Note(note));
-            }
-        }
-        if let Some(windows) = &calibration {
-            observer.event(Event::Calibration {
-                windows: windows.tokens.len(),
-                seqlen: plan.seqlen,
-                source: &windows.source.description,
-                digest: &windows.digest,
-            });
-        }
-        Ok(Self { calibration, eval })
-    }
-}
-
-/// The windows that `calib` names.
-pub(crate) fn calibration_windows(
-    calib: &CalibSettings,
-    samples: usize,
-    seqlen: usize,
-    tokenizer: &ModelTokenizer,
-    fetcher: &HubFetcher<'_>,
-) -> Result<Windows, CalibError> {
-    let request = CalibRequest {
-        dataset: calib.dataset.clone().unwrap_or_else(|| "wikitext2".to_owned()),
-        samples,
-        seqlen,
-        seed: calib.seed,
-        explicit: calib.dataset.is_some(),
-    };
-    lite_calib::load(&request, tokenizer, fetcher)
 }
 
 /// Bytes of a plain tensor that are in memory at a time.
@@ -220,7 +173,11 @@ pub(crate) struct Runner<'a> {
 
 impl Runner<'_> {
     /// Writes and checks everything in the staging folder.
-    fn produce(&self, texts: &Texts) -> Result<(Vec<SiteReport>, CheckReport), JobError> {
+    fn produce(
+        &self,
+        texts: &Texts,
+        journal: Option<&mut Journal>,
+    ) -> Result<(Vec<SiteReport>, CheckReport), JobError> {
         let staging = self.work.staging();
         let outputs = self.plan.tensors.iter().flat_map(|row| &row.outputs).chain(&self.plan.added).cloned().collect();
         let writer = CheckpointWriter::create(&staging, outputs, self.recipe.max_shard_bytes)?;
@@ -230,7 +187,7 @@ impl Runner<'_> {
             (Some(spec), Some(statistics), _) => {
                 self.solve_from_statistics(spec, statistics, &writer, &mut expected)?
             }
-            (Some(spec), None, Some(windows)) => self.calibrated(spec, windows, &writer, &mut expected)?,
+            (Some(spec), None, Some(windows)) => self.calibrated(spec, windows, &writer, &mut expected, journal)?,
             _ => self.data_free(&writer, &mut expected)?,
         };
         writer.finish()?;

@@ -135,10 +135,21 @@ impl Runner<'_> {
             stats: None,
         };
         self.copy(&lanes.float.residual, &mut lanes.quantized.residual)?;
+        sink.load_states(&mut [&mut lanes.float.residual, &mut lanes.quantized.residual])?;
         let mut clock = LayerClock::new(self.observer, pass.spec.blocks.len());
         for block_spec in &pass.spec.blocks {
             let index = block_spec.index;
             clock.started(index);
+            if let Some(replayed) = self.replay(pass, source, block_spec, sink, &clock)? {
+                if let Some(original) = &replayed.block {
+                    self.propagate(&mut lanes.float.residual, pass, original)?;
+                }
+                let Lanes { float, quantized, .. } = &mut lanes;
+                if self.pass_replayed(pass, index, replayed, &mut quantized.residual, &clock)? {
+                    sink.save_states(index, &[&float.residual, &quantized.residual])?;
+                }
+                continue;
+            }
             let mut original = self.load_block(pass, source, index)?;
             if !self.plan.folds[index].is_empty() {
                 clock.step(index, "calibrate");
@@ -150,6 +161,10 @@ impl Runner<'_> {
             let errors: Vec<f64> = solved.iter().filter_map(|(_, solved)| solved.error).collect();
             for (site, solved) in &solved {
                 self.finish_site(site, solved, sink)?;
+            }
+            sink.finish_block(index)?;
+            if index + 1 < pass.spec.blocks.len() {
+                sink.save_states(index, &[&lanes.float.residual, &lanes.quantized.residual])?;
             }
             clock.done(index, &errors);
         }

@@ -43,10 +43,12 @@ impl Runner<'_> {
             let (effective, edits) = apply(block, spec, fold, &found, &|name| pass.storage(name))?;
             folded.scales.insert(fold.input, effective);
             folded.edits.extend(edits);
+            folded.found.push(found);
         }
         let after = block.forward(&probe, &pass.rope, &mut NoTap)?;
         check_fold(spec.index, &probe, &before, &after)?;
         self.write_edits(&folded.edits, sink)?;
+        sink.record_folded(&folded);
         Ok(folded)
     }
 

@@ -8,9 +8,17 @@ use std::path::{Path, PathBuf};
 
 use crate::JobError;
 
-const JOB_FOLDER: &str = ".lite";
+pub(crate) const JOB_FOLDER: &str = ".lite";
+/// What a run finished: see [`crate::journal`].
+pub(crate) const JOURNAL: &str = "journal.jsonl";
+/// There while files are being published: until it is gone, what else is in the folder is this run's.
+const PUBLISHING: &str = "publishing";
+/// There once all of them are.
+const PUBLISHED: &str = "published";
 /// The run's log: no part of the checkpoint, so no folder counts as used for it alone.
 const LOG_FILE: &str = "lite.log.jsonl";
+/// What an earlier run told of its result; the first two are always together.
+const DOCUMENTS: [&str; 4] = ["report.json", "report.html", "README.md", "README.base.md"];
 
 /// A work directory, locked for this run.
 #[derive(Debug)]
@@ -61,6 +69,9 @@ impl WorkDir {
         if !kind.is_dir() {
             return Err(JobError::Usage(format!("the work directory `{shown}` is a file; choose another --work-dir")));
         }
+        if root.join(JOB_FOLDER).join(PUBLISHING).exists() {
+            return Ok(());
+        }
         let entries = entries(root)?;
         let foreign = entries.iter().filter(|name| !matches!(name.as_str(), JOB_FOLDER | LOG_FILE)).count();
         if foreign == 0 {
@@ -84,40 +95,53 @@ impl WorkDir {
     /// Creates and locks the folder. Remains of a run that died are cleared.
     ///
     /// # Errors
-    /// As [`WorkDir::check`]; [`JobError::State`] if another run holds the lock.
+    /// As [`WorkDir::check`]; [`JobError::State`] if another run holds the lock, or one that can go on left its blocks.
     pub fn open(root: &Path, model: Option<&Path>, overwrite: bool) -> Result<(Self, bool), JobError> {
+        let (this, remains) = Self::open_kept(root, model, overwrite)?;
+        if this.job.join("blocks").join("0000.safetensors").exists() {
+            let shown = root.display();
+            return Err(JobError::State(format!(
+                "`{shown}` holds finished blocks of an interrupted run; go on with `lite resume {shown}`, remove them with `lite clean {shown}`, or choose another --work-dir"
+            )));
+        }
+        this.clear()?;
+        Ok((this, remains))
+    }
+
+    /// Creates and locks the folder; of a run that died, only the staged files are cleared. Beside it whether there are
+    /// remains of one.
+    ///
+    /// # Errors
+    /// As [`WorkDir::check`]; [`JobError::State`] if another run holds the lock.
+    pub(crate) fn open_kept(root: &Path, model: Option<&Path>, overwrite: bool) -> Result<(Self, bool), JobError> {
         Self::check(root, model, overwrite)?;
         let created = !root.exists();
         let job = root.join(JOB_FOLDER);
         fs::create_dir_all(&job).map_err(JobError::io("create", &job))?;
-        let path = job.join("lock");
-        let lock = File::options()
-            .create(true)
-            .write(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(JobError::io("open", &path))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => {
-                return Err(JobError::State(format!(
-                    "another run is working in `{}`; wait for it, or choose another --work-dir",
-                    root.display()
-                )));
-            }
-            Err(fs::TryLockError::Error(error)) => return Err(JobError::io("lock", &path)(error)),
-        }
-        let mut remains = false;
-        for name in entries(&job)? {
-            if name != "lock" {
-                remains = true;
-                remove(&job.join(name))?;
-            }
-        }
+        let lock = lock(root, &job)?;
+        let remains = entries(&job)?.iter().any(|name| name != "lock");
         let logged = root.join(LOG_FILE).exists();
         let this = Self { root: root.to_owned(), job, created, logged, _lock: lock };
+        if this.staging().exists() {
+            remove(&this.staging())?;
+        }
         fs::create_dir(this.staging()).map_err(JobError::io("create", this.staging()))?;
         Ok((this, remains))
+    }
+
+    /// Removes what an earlier run left, but for the lock and the marker of files being published.
+    pub(crate) fn clear(&self) -> Result<(), JobError> {
+        for name in entries(&self.job)? {
+            if !matches!(name.as_str(), "lock" | "out" | PUBLISHING) {
+                remove(&self.job.join(name))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The folder that runs work in.
+    pub(crate) fn job_folder(&self) -> &Path {
+        &self.job
     }
 
     /// Where the files of the result are written before they are published.
@@ -142,6 +166,9 @@ impl WorkDir {
     /// [`JobError::Io`]; what was published so far lacks `config.json`.
     pub fn commit(self) -> Result<(), JobError> {
         let staging = self.staging();
+        let marker = self.job.join(PUBLISHING);
+        File::create(&marker).and_then(|file| file.sync_all()).map_err(JobError::io("create", &marker))?;
+        sync_folder(&self.job)?;
         // An old checkpoint stops being one before its files are replaced.
         let old_config = self.root.join("config.json");
         if old_config.exists() {
@@ -151,6 +178,7 @@ impl WorkDir {
                     remove(&self.root.join(name))?;
                 }
             }
+            self.remove_documents()?;
         }
         let mut names = entries(&staging)?;
         names.sort_by_key(|name| (name == "config.json", name.clone()));
@@ -165,7 +193,51 @@ impl WorkDir {
             fs::rename(&from, &to).map_err(JobError::io("publish", &to))?;
         }
         sync_folder(&self.root)?;
-        remove(&self.job)
+        let done = self.job.join(PUBLISHED);
+        fs::rename(&marker, &done).map_err(JobError::io("rename", &done))?;
+        remove_published(&self.job)
+    }
+
+    /// Removes what an earlier run told of the checkpoint that is being replaced, if one did.
+    fn remove_documents(&self) -> Result<(), JobError> {
+        let there = |name: &&str| self.root.join(name).is_file();
+        if !DOCUMENTS[..2].iter().all(there) {
+            return Ok(());
+        }
+        DOCUMENTS.iter().filter(|name| there(name)).try_for_each(|name| remove(&self.root.join(name)))
+    }
+
+    /// Removes what a run left in `root` that died after it had published everything. Best effort: it is in nobody's way.
+    pub(crate) fn finish_published(root: &Path) {
+        let job = root.join(JOB_FOLDER);
+        let bare = || entries(&job).is_ok_and(|names| names.iter().all(|name| name == "lock"));
+        if root.join("config.json").exists()
+            && (job.join(PUBLISHED).exists() || bare())
+            && let Ok(_lock) = lock(root, &job)
+        {
+            let _ = remove_published(&job);
+        }
+    }
+
+    /// Ends a run whose finished blocks are worth keeping. Best effort, as [`abandon`](Self::abandon).
+    pub(crate) fn keep(self) {
+        let _ = fs::remove_dir_all(self.staging());
+    }
+
+    /// Removes what a run that ended or died left in `root`, but for its log; a result is never touched.
+    ///
+    /// # Errors
+    /// [`JobError::State`] if nothing is there, or the run is alive; [`JobError::Io`].
+    pub fn clean(root: &Path) -> Result<(), JobError> {
+        let job = root.join(JOB_FOLDER);
+        if !fs::symlink_metadata(&job).is_ok_and(|meta| meta.is_dir()) {
+            return Err(JobError::State(format!(
+                "`{}` holds nothing of an interrupted run; give the --work-dir of one",
+                root.display()
+            )));
+        }
+        let _lock = lock(root, &job)?;
+        remove(&job)
     }
 
     /// Removes everything this run made. Best effort: the failure that led here matters more.
@@ -181,13 +253,19 @@ impl WorkDir {
     }
 }
 
-/// Memory that is free for this run, bytes: what the system has left, within the limit of its cgroup.
-pub(crate) fn available_memory() -> Option<u64> {
-    let mut system = sysinfo::System::new().ok()?;
-    system.refresh_memory();
-    let free = system.available_memory();
-    let limit = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory.max(1));
-    (free > 0).then_some(free.min(limit))
+/// Takes the lock; the system gave back that of a process that died.
+fn lock(root: &Path, job: &Path) -> Result<File, JobError> {
+    let path = job.join("lock");
+    let lock =
+        File::options().create(true).write(true).truncate(false).open(&path).map_err(JobError::io("open", &path))?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(fs::TryLockError::WouldBlock) => Err(JobError::State(format!(
+            "another run is working in `{}`; wait for it, or choose another --work-dir",
+            root.display()
+        ))),
+        Err(fs::TryLockError::Error(error)) => Err(JobError::io("lock", &path)(error)),
+    }
 }
 
 /// `path`, or the closest folder above it that exists.
@@ -232,6 +310,14 @@ pub(crate) fn entries(dir: &Path) -> Result<Vec<String>, JobError> {
 fn remove(path: &Path) -> Result<(), JobError> {
     let result = if path.is_dir() && !path.is_symlink() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
     result.map_err(JobError::io("remove", path))
+}
+
+/// Removes a job folder whose files are published, the sign of that last.
+fn remove_published(job: &Path) -> Result<(), JobError> {
+    for name in entries(job)?.iter().filter(|name| *name != PUBLISHED) {
+        remove(&job.join(name))?;
+    }
+    remove(job)
 }
 
 fn sync_folder(path: &Path) -> Result<(), JobError> {
@@ -299,6 +385,9 @@ mod tests {
 
         fs::write(root.join("model-00001-of-00002.safetensors"), "stale").unwrap();
         fs::write(root.join("notes.txt"), "mine").unwrap();
+        for name in ["report.json", "report.html", "README.md"] {
+            fs::write(root.join(name), "of the old one").unwrap();
+        }
         let (work, _) = WorkDir::open(&root, None, true).unwrap();
         fs::write(work.staging().join("config.json"), "{\"a\":1}").unwrap();
         fs::write(work.staging().join("model.safetensors"), "newer").unwrap();

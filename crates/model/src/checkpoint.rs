@@ -280,7 +280,9 @@ impl Checkpoint {
 
     /// [`Checkpoint::release`] of some bytes of one tensor's data.
     pub fn release_part(&self, name: &str, bytes: std::ops::Range<usize>) {
-        let Some((info, map)) = self.info(name).and_then(|info| Some((info, self.maps.get(info.shard)?))) else { return };
+        let Some((info, map)) = self.info(name).and_then(|info| Some((info, self.maps.get(info.shard)?))) else {
+            return;
+        };
         let whole = info.range();
         map.forget(whole.start.saturating_add(bytes.start)..whole.end.min(whole.start.saturating_add(bytes.end)));
     }

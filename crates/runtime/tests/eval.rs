@@ -209,8 +209,7 @@ fn a_coarser_cache_diverges_more() {
     let original = subject("original", model.spec(), &source);
     let kl = |precision: &KvPrecision| {
         let quantized = Subject { name: "quantized", kv: Some(precision), ..original };
-        let found =
-            compare_subjects(&original, &quantized, &windows(&golden)[..3], 2, &Compute::cpu(), &go_on).unwrap();
+        let found = compare_subjects(&original, &quantized, &windows(&golden)[..3], 2, Compute::cpu(), &go_on).unwrap();
         found.summary.kl_mean
     };
     let [none, eight, fp8, four] =

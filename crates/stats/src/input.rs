@@ -1,7 +1,10 @@
+use candle_core::Tensor;
+use lite_decoder::{DecoderError, with_cpu_slice};
 use lite_linalg::{gram_update, mirror_lower};
 use rayon::prelude::*;
 
 use crate::StatsError;
+use crate::device::DeviceSums;
 
 /// Statistics of one linear input over all tokens seen so far.
 #[derive(Debug, Clone)]
@@ -17,6 +20,8 @@ pub struct InputStats {
     /// `[K]`: `max |x|`; NaN if any value was.
     abs_max: Vec<f32>,
     finished: bool,
+    /// What was gathered on a device, until [`InputStats::collect`].
+    device: Option<DeviceSums>,
 }
 
 /// Rows per partial sum: fixed, so that sums do not depend on the number of threads.
@@ -32,6 +37,7 @@ impl InputStats {
             abs_sum: vec![0.0; in_features],
             abs_max: vec![0.0; in_features],
             finished: false,
+            device: None,
         }
     }
 
@@ -73,7 +79,7 @@ impl InputStats {
         }
         // The product and the quotient are off by at most one f64 rounding each, so rounding to f32 gives `m` back.
         let abs_sum = abs_mean.iter().map(|m| f64::from(*m) * tokens as f64).collect();
-        Ok(Self { in_features, tokens, gram, abs_sum, abs_max, finished: true })
+        Ok(Self { in_features, tokens, gram, abs_sum, abs_max, finished: true, device: None })
     }
 
     /// Adds `x`, `(tokens, K)` row-major.
@@ -93,8 +99,64 @@ impl InputStats {
         }
     }
 
+    /// Adds `x`, `(tokens, K)`: [`InputStats::update`] on the CPU, elsewhere [`InputStats::update_composed`].
+    ///
+    /// # Errors
+    /// If `x` does not fit, or its device fails.
+    ///
+    /// # Panics
+    /// If the statistics are finished.
+    pub fn update_tensor(&mut self, x: &Tensor) -> Result<(), DecoderError> {
+        if !x.device().is_cpu() {
+            return self.update_composed(x);
+        }
+        self.tokens_of(x)?;
+        with_cpu_slice(x, |values| self.update(values))
+    }
+
+    /// Adds `x`, `(tokens, K)`, by candle operations on its device; the sums stay there until [`InputStats::collect`].
+    ///
+    /// # Errors
+    /// If `x` does not fit, or its device fails.
+    ///
+    /// # Panics
+    /// If the statistics are finished.
+    pub fn update_composed(&mut self, x: &Tensor) -> Result<(), DecoderError> {
+        assert!(!self.finished, "finished statistics take no more tokens");
+        let tokens = self.tokens_of(x)?;
+        DeviceSums::add(&mut self.device, &x.contiguous()?)?;
+        self.tokens += tokens as u64;
+        Ok(())
+    }
+
+    fn tokens_of(&self, x: &Tensor) -> Result<usize, DecoderError> {
+        let (tokens, k) = x.dims2()?;
+        if k == self.in_features && tokens > 0 {
+            return Ok(tokens);
+        }
+        let reason = format!("statistics of {} channels were given activations {:?}", self.in_features, x.dims());
+        Err(DecoderError::Input { reason })
+    }
+
+    /// Brings what was gathered on a device to the host. Nothing to do for what was gathered on the CPU.
+    ///
+    /// # Errors
+    /// If the device cannot be read.
+    pub fn collect(&mut self) -> Result<(), DecoderError> {
+        let Some(sums) = self.device.take() else { return Ok(()) };
+        let sums = sums.to_host()?;
+        self.gram.iter_mut().zip(&sums.gram).for_each(|(total, g)| *total += g);
+        self.abs_sum.iter_mut().zip(&sums.abs_sum).for_each(|(total, s)| *total += s);
+        self.abs_max.iter_mut().zip(&sums.abs_max).for_each(|(largest, m)| *largest = nan_max(*largest, *m));
+        Ok(())
+    }
+
     /// Divides by the number of tokens and completes the Gram matrix.
+    ///
+    /// # Panics
+    /// If something gathered on a device was not brought to the host by [`InputStats::collect`].
     pub fn finish(&mut self) {
+        assert!(self.device.is_none(), "statistics gathered on a device are collected before they are finished");
         if !self.finished {
             mirror_lower(&mut self.gram, self.in_features, 1.0 / self.tokens.max(1) as f32);
             self.finished = true;
@@ -194,6 +256,65 @@ mod tests {
         }
         assert_eq!(stats.gram()[1], stats.gram()[3]);
         assert_eq!(stats.broken_channels(), 0);
+    }
+
+    /// Gathered by candle operations, on every device there is, in two updates.
+    fn composed(x: &[f32], k: usize) -> Vec<InputStats> {
+        let on = |compute: &lite_decoder::Compute| {
+            let tokens = x.len() / k;
+            let x = Tensor::from_slice(x, (tokens, k), compute.device()).unwrap();
+            let mut stats = InputStats::new(k);
+            let cut = tokens / 3;
+            stats.update_composed(&x.narrow(0, 0, cut.max(1)).unwrap()).unwrap();
+            stats.update_composed(&x.narrow(0, cut.max(1), tokens - cut.max(1)).unwrap()).unwrap();
+            stats.collect().unwrap();
+            stats.finish();
+            stats
+        };
+        lite_decoder::Compute::every()[1..].iter().map(on).collect()
+    }
+
+    #[test]
+    fn sums_on_a_device_are_those_of_the_cpu() {
+        let k = 37;
+        let x: Vec<f32> = (0..500 * k).map(|i| ((i * 7919 % 10_007) as f32 / 5000.0) - 1.0).collect();
+        let mut wanted = InputStats::new(k);
+        wanted.update(&x);
+        wanted.finish();
+        let close = |a: &[f32], b: &[f32]| {
+            assert_eq!(a.len(), b.len());
+            a.iter().zip(b).for_each(|(a, b)| assert!((a - b).abs() <= 1e-5 * b.abs().max(1.0), "{a} {b}"));
+        };
+        for found in composed(&x, k) {
+            assert_eq!((found.tokens, found.abs_max()), (500, wanted.abs_max()));
+            close(found.gram(), wanted.gram());
+            close(&found.abs_mean(), &wanted.abs_mean());
+            let parts = (found.gram().to_vec(), found.abs_mean(), found.abs_max().to_vec());
+            InputStats::from_parts(k, 500, parts.0, &parts.1, parts.2).unwrap();
+        }
+        // Both ways in one: what one tensor is gathered by does not matter.
+        let mut mixed = InputStats::new(k);
+        mixed.update_tensor(&Tensor::from_slice(&x[..100 * k], (100, k), &candle_core::Device::Cpu).unwrap()).unwrap();
+        mixed
+            .update_composed(&Tensor::from_slice(&x[100 * k..], (400, k), &candle_core::Device::Cpu).unwrap())
+            .unwrap();
+        mixed.collect().unwrap();
+        mixed.finish();
+        close(mixed.gram(), wanted.gram());
+        let narrow = Tensor::zeros((4, k - 1), candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
+        assert!(InputStats::new(k).update_tensor(&narrow).is_err());
+        assert!(InputStats::new(k).update_composed(&narrow).is_err());
+    }
+
+    #[test]
+    fn a_nan_on_a_device_is_seen() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for at in [0, 5, 11] {
+                let mut x = vec![1.0; 12];
+                x[at] = bad;
+                composed(&x, 3).iter().for_each(|stats| assert_eq!(stats.broken_channels(), 1, "{at}"));
+            }
+        }
     }
 
     #[test]

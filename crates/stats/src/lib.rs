@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod cross;
+mod device;
 mod input;
 mod tap;
 

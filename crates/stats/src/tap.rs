@@ -23,6 +23,9 @@ pub enum StatsError {
         /// All channels.
         total: usize,
     },
+    /// What was gathered on a device cannot be brought to the host.
+    #[error(transparent)]
+    Device(#[from] DecoderError),
     /// Statistics that were read back cannot be any.
     #[error("{what}; the statistics are damaged: make them again")]
     Invalid {
@@ -76,9 +79,10 @@ impl StatsTap {
     /// The finished statistics.
     ///
     /// # Errors
-    /// [`StatsError::NotFinite`] if an activation was NaN or Inf.
+    /// [`StatsError::NotFinite`] if an activation was NaN or Inf, [`StatsError::Device`] if its device fails.
     pub fn finish(mut self) -> Result<BlockStats, StatsError> {
         for (id, stats) in &mut self.stats.inputs {
+            stats.collect()?;
             stats.finish();
             let channels = stats.broken_channels();
             if channels > 0 {
@@ -93,7 +97,7 @@ impl StatsTap {
 impl Tap for StatsTap {
     fn input(&mut self, at: InputId, x: &Tensor) -> Result<(), DecoderError> {
         if let Some(stats) = self.stats.inputs.get_mut(&at) {
-            lite_decoder::with_cpu_slice(x, |values| stats.update(values))?;
+            stats.update_tensor(x)?;
         }
         Ok(())
     }

@@ -31,7 +31,7 @@ pub(crate) const POISONS: &[Poison] = &[
         name: "all zero points off by one",
         base: "awq",
         codes: &["zero-offset"],
-        apply: |c| c.zeros(Q).each_word(|word| (0..8).fold(0, |w, i| w | ((word >> (4 * i)) + 1 & 15) << (4 * i))),
+        apply: |c| c.zeros(Q).each_word(|word| (0..8).fold(0, |w, i| w | (((word >> (4 * i)) + 1) & 15) << (4 * i))),
     },
     Poison {
         name: "one zero point of a symmetric scheme",

@@ -88,10 +88,7 @@ fn rows<R: ChunkReader + Length + 'static>(
         if found.is_empty() {
             found.push("none".to_owned());
         }
-        return Err(CalibError::bad(
-            name,
-            format!("the file has the columns {}; wanted {wanted}", found.join(", ")),
-        ));
+        return Err(CalibError::bad(name, format!("the file has the columns {}; wanted {wanted}", found.join(", "))));
     }
     let projection: Type = Type::group_type_builder(schema.name()).with_fields(columns).build().map_err(broken)?;
     for (number, row) in reader.get_row_iter(Some(projection)).map_err(broken)?.enumerate() {

@@ -202,7 +202,8 @@ pub(crate) fn run(args: &EvalArgs, format: Format) -> anyhow::Result<()> {
     let failed = |error: RuntimeError| failure(error, &dir);
     let model = EvalModel::open(&dir).map_err(failed)?;
     let original = against.as_deref().map(EvalModel::open).transpose().map_err(failed)?;
-    let session = measure::Session { args, dir: &dir, against: against.as_deref(), model, original, compute, progress, cancel };
+    let session =
+        measure::Session { args, dir: &dir, against: against.as_deref(), model, original, compute, progress, cancel };
     let mut result = session.measure(&tasks)?;
     drop(session);
     if let Some(comparison) = &result.comparison {

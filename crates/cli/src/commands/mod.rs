@@ -10,7 +10,9 @@ pub(crate) mod inspect;
 mod plan;
 mod quantize;
 pub(crate) mod report_args;
+pub(crate) mod resume;
 pub(crate) mod rtn;
+pub(crate) mod run;
 pub(crate) mod scheme_args;
 pub(crate) mod smooth_quant;
 pub(crate) mod verify;
@@ -41,6 +43,9 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Rtn(args) => rtn::run(args, cli.format),
         Command::BlockedFp8(args) => blocked_fp8::run(args, cli.format),
         Command::SmoothQuant(args) => smooth_quant::run(args, cli.format),
+        Command::Run(args) => run::run(args, cli.format),
+        Command::Resume(args) => resume::run(args, cli),
+        Command::Clean(args) => resume::clean(args, cli.format),
         Command::Plan { method, args } => plan::run(*method, args, cli.format),
     }
 }
@@ -48,6 +53,9 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<()> {
 /// A flag that Ctrl-C and SIGTERM set; a second Ctrl-C ends the process at once.
 fn cancel_flag() -> anyhow::Result<Arc<AtomicBool>> {
     static FLAG: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+    if let Some(flag) = FLAG.get() {
+        return Ok(flag.clone());
+    }
     let flag = FLAG.get_or_init(Arc::default).clone();
     let set = flag.clone();
     ctrlc::set_handler(move || {

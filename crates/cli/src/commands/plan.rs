@@ -11,7 +11,8 @@ use crate::progress::Progress;
 
 /// Prints what a run would do; writes nothing (a hub model is downloaded, for its headers are needed).
 pub(crate) fn run(method: MethodName, args: &QuantizeArgs, format: Format) -> anyhow::Result<()> {
-    show(&super::quantize::recipe(method, args)?, format)
+    let recipe = super::quantize::recipe(method, args)?;
+    if args.print_recipe { super::run::print_recipe(&recipe) } else { show(&recipe, format) }
 }
 
 /// Prints what a recipe would do; writes nothing.

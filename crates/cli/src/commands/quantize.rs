@@ -2,22 +2,28 @@
 
 use std::io::Write;
 
-use lite_job::{DtypeChoice, Finished, JobError, Method, Override, Recipe, Rounding, Solver, StatsSource};
+use lite_job::{DtypeChoice, Finished, JobError, Method, Override, Recipe, Rounding, RunReport, Solver, StatsSource};
 use lite_pack::targets::Target;
 
-use crate::args::{Dtype, Effort, Format, MethodName, QuantizeArgs, Range, RoundingName, SolverArgs};
 use super::report_args::ReportArgs;
+use crate::args::{Dtype, Effort, Format, MethodName, QuantizeArgs, Range, RoundingName, SolverArgs};
 use crate::log::RunLog;
 use crate::output;
 use crate::progress::Progress;
 
 /// Quantizes, and prints the result on standard output.
 pub(crate) fn run(method: MethodName, args: &QuantizeArgs, format: Format) -> anyhow::Result<()> {
-    execute(&recipe(method, args)?, &args.report, format)
+    let recipe = recipe(method, args)?;
+    if args.print_recipe { super::run::print_recipe(&recipe) } else { execute(&recipe, &args.report, format) }
 }
 
 /// Runs a recipe, and prints the result on standard output.
 pub(crate) fn execute(recipe: &Recipe, report: &ReportArgs, format: Format) -> anyhow::Result<()> {
+    perform(recipe, report, format).map(drop)
+}
+
+/// The same; returns what was done.
+pub(crate) fn perform(recipe: &Recipe, report: &ReportArgs, format: Format) -> anyhow::Result<RunReport> {
     let cancel = super::cancel_flag()?;
     let progress = Progress::new(format);
     let log = RunLog::new(&progress);
@@ -30,7 +36,7 @@ pub(crate) fn execute(recipe: &Recipe, report: &ReportArgs, format: Format) -> a
         Format::Quiet => writeln!(stdout, "{}", report.output.display())?,
         Format::Auto | Format::Human => output::report(&mut stdout, &report)?,
     }
-    Ok(())
+    Ok(report)
 }
 
 /// The recipe that equals the flags.
@@ -80,6 +86,7 @@ pub(crate) fn recipe(method: MethodName, args: &QuantizeArgs) -> Result<Recipe, 
         device: args.resources.device,
         max_shard_bytes: args.resources.max_shard_size,
         max_memory: args.resources.max_memory,
+        resume: super::resume::settings(&args.resources),
     })
 }
 

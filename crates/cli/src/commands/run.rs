@@ -1,22 +1,26 @@
 //! `lite run`: jobs from recipe files, one after the other.
 
-use std::fmt;
+mod outcome;
+
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use clap::Args;
-use lite_job::{ErrorKind, JobError, Recipe, RunReport};
+use lite_job::{JobError, Recipe, RunReport};
 use lite_model::printable;
 use lite_recipe::{Entry, json_schema, load, to_yaml};
 use lite_runtime::eval::{Gate, Measured};
 use serde_json::{Value, json};
 
+use super::report_args::ReportArgs;
 use crate::args::Format;
 use crate::exit;
-use crate::output::duration;
 use crate::progress::Progress;
+
+pub(crate) use self::outcome::BatchFailed;
+use self::outcome::{Outcome, Row, summary, verdict};
 
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
@@ -50,6 +54,10 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     pub(crate) skip_existing: bool,
 
+    /// Start over where an interrupted run could go on
+    #[arg(long)]
+    pub(crate) restart: bool,
+
     /// Show what the jobs would do and cost, and run nothing
     #[arg(long, conflicts_with_all = ["skip_existing", "list", "print_recipe"])]
     pub(crate) plan_only: bool,
@@ -65,38 +73,9 @@ pub(crate) struct RunArgs {
     /// Print the JSON schema of lite's own recipes
     #[arg(long, exclusive = true)]
     pub(crate) print_schema: bool,
-}
 
-/// Some jobs of several did not do what they were to do.
-#[derive(Debug)]
-pub(crate) struct BatchFailed {
-    /// The kind with the largest exit code.
-    pub(crate) kind: ErrorKind,
-    message: String,
-}
-
-impl fmt::Display for BatchFailed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
-    }
-}
-
-impl std::error::Error for BatchFailed {}
-
-/// What became of a job.
-enum Outcome {
-    Done(Box<RunReport>),
-    Planned,
-    Skipped,
-    Failed { error: anyhow::Error, report: Option<Box<RunReport>> },
-    NotRun,
-}
-
-struct Row<'j> {
-    number: usize,
-    job: &'j Entry,
-    outcome: Outcome,
-    seconds: f64,
+    #[command(flatten)]
+    pub(crate) report: ReportArgs,
 }
 
 /// Runs the jobs, and prints their results on standard output.
@@ -110,7 +89,7 @@ pub(crate) fn run(args: &RunArgs, format: Format) -> anyhow::Result<()> {
     let named = [("model", &args.model), ("save.path", &args.work_dir)];
     let named = named.into_iter().filter_map(|(key, value)| value.as_ref().map(|v| format!("{key}={}", text(v))));
     let sets: Vec<String> = named.chain(args.sets.iter().cloned()).collect();
-    let loaded = load(&args.files, &sets)?;
+    let loaded = load(&args.files, &sets, args.only)?;
     warn(&loaded.warnings, format);
     let count = loaded.jobs.len();
     let chosen: Vec<(usize, &Entry)> = match args.only {
@@ -118,13 +97,16 @@ pub(crate) fn run(args: &RunArgs, format: Format) -> anyhow::Result<()> {
         Some(only) => match loaded.jobs.get(only) {
             Some(job) => vec![(only, job)],
             None => {
-                return Err(JobError::Usage(format!("--only {only}: there are {count} jobs, 0 to {}", count - 1)).into());
+                return Err(
+                    JobError::Usage(format!("--only {only}: there are {count} jobs, 0 to {}", count - 1)).into()
+                );
             }
         },
     };
     if args.list {
         for (number, job) in &chosen {
-            let line = json!({"number": number, "name": job.name, "model": job.recipe.model, "output": job.recipe.work_dir});
+            let line =
+                json!({"number": number, "name": job.name, "model": job.recipe.model, "output": job.recipe.work_dir});
             match format {
                 Format::Json => writeln!(stdout, "{line}")?,
                 _ => writeln!(stdout, "{number}\t{}\t{}", printable(&job.name), job.recipe.work_dir.display())?,
@@ -185,7 +167,7 @@ fn run_all<'j>(args: &RunArgs, chosen: &[(usize, &'j Entry)], format: Format) ->
             if chosen.len() > 1 {
                 announce(number, job, chosen.len(), format);
             }
-            one(args, job, format)
+            one(args, &resumable(args, number, chosen.len(), job), format)
         };
         if let Outcome::Failed { error, .. } = &outcome {
             stop |= !args.keep_going;
@@ -196,6 +178,18 @@ fn run_all<'j>(args: &RunArgs, chosen: &[(usize, &'j Entry)], format: Format) ->
         rows.push(Row { number, job, outcome, seconds: start.elapsed().as_secs_f64() });
     }
     Ok(rows)
+}
+
+/// The job, with the command line that runs it again alone, for `lite resume`.
+fn resumable(args: &RunArgs, number: usize, of: usize, job: &Entry) -> Entry {
+    let mut job = job.clone();
+    let mut command = super::resume::command();
+    if of > 1 && !command.is_empty() {
+        command.extend(["--only".to_owned(), number.to_string()]);
+    }
+    job.recipe.resume.restart = args.restart;
+    job.recipe.resume.command = command;
+    job
 }
 
 fn announce(number: usize, job: &Entry, of: usize, format: Format) {
@@ -219,7 +213,7 @@ fn one(args: &RunArgs, job: &Entry, format: Format) -> Outcome {
             Err(error) => Outcome::Failed { error, report: None },
         };
     }
-    let report = match super::quantize::perform(&job.recipe, format) {
+    let report = match super::quantize::perform(&job.recipe, &args.report, format) {
         Ok(report) => report,
         Err(error) => return Outcome::Failed { error, report: None },
     };
@@ -251,7 +245,8 @@ fn plain_copy(job: &Entry, format: Format) -> anyhow::Result<()> {
     drop(progress);
     match format {
         Format::Json => {
-            let line = json!({"event": "plain", "schema": 1, "output": report.output, "output_bytes": report.output_bytes});
+            let line =
+                json!({"event": "plain", "schema": 1, "output": report.output, "output_bytes": report.output_bytes});
             writeln!(std::io::stdout(), "{line}")?;
         }
         Format::Quiet => writeln!(std::io::stdout(), "{}", report.output.display())?,
@@ -321,74 +316,4 @@ fn judge(job: &Entry, report: &RunReport, format: Format) -> anyhow::Result<()> 
         report.output.display()
     );
     Err(JobError::Verification(message).into())
-}
-
-/// One line for each job.
-fn summary(rows: &[Row<'_>], format: Format) -> anyhow::Result<()> {
-    let mut stdout = std::io::stdout().lock();
-    let kl = |report: &RunReport| report.check.comparison.as_ref().map(|c| c.summary.kl_mean);
-    if format == Format::Json {
-        let jobs: Vec<Value> = rows
-            .iter()
-            .map(|row| {
-                let (status, code, report) = status(&row.outcome);
-                json!({"number": row.number, "name": row.job.name, "status": status, "code": code, "output": row.job.recipe.work_dir,
-                       "kl_mean": report.and_then(kl), "bits_per_weight": report.map(|r| r.bits_per_weight),
-                       "output_bytes": report.map(|r| r.output_bytes), "seconds": row.seconds})
-            })
-            .collect();
-        writeln!(stdout, "{}", json!({"event": "batch", "schema": 1, "jobs": jobs}))?;
-        return Ok(());
-    }
-    if format == Format::Quiet {
-        return Ok(());
-    }
-    let width = rows.iter().map(|row| printable(&row.job.name).chars().count()).max().unwrap_or(0).max(3);
-    writeln!(stdout, "\n  {:>3}  {:<width$}  {:<18} {:>9} {:>10} {:>12}", "", "job", "", "bits", "mean KL", "took")?;
-    for row in rows {
-        let (word, _, report) = status(&row.outcome);
-        let bits = report.map_or(String::new(), |r| format!("{:.2}", r.bits_per_weight));
-        let kl = report.and_then(kl).map_or(String::new(), |kl| format!("{kl:.6}"));
-        let name = printable(&row.job.name);
-        let took = if matches!(row.outcome, Outcome::NotRun) { String::new() } else { duration(row.seconds) };
-        writeln!(stdout, "  {:>3}  {name:<width$}  {word:<18} {bits:>9} {kl:>10} {took:>12}", row.number)?;
-    }
-    Ok(())
-}
-
-fn status(outcome: &Outcome) -> (&'static str, u8, Option<&RunReport>) {
-    match outcome {
-        Outcome::Done(report) => ("done", 0, Some(report)),
-        Outcome::Planned => ("planned", 0, None),
-        Outcome::Skipped => ("already there", 0, None),
-        Outcome::NotRun => ("not run", 0, None),
-        Outcome::Failed { error, report } => {
-            let (code, name) = exit::code(exit::kind(error));
-            (name, code, report.as_deref())
-        }
-    }
-}
-
-/// The failure of the whole: of a single job its own, of several the worst.
-fn verdict(rows: Vec<Row<'_>>) -> anyhow::Result<()> {
-    let count = rows.len();
-    let unrun = rows.iter().filter(|row| matches!(row.outcome, Outcome::NotRun)).count();
-    let mut failed: Vec<(String, anyhow::Error)> = Vec::new();
-    for row in rows {
-        if let Outcome::Failed { error, .. } = row.outcome {
-            failed.push((row.job.name.clone(), error));
-        }
-    }
-    if count == 1 {
-        return failed.pop().map_or(Ok(()), |(_, error)| Err(error));
-    }
-    let Some(kind) = failed.iter().map(|(_, error)| exit::kind(error)).max_by_key(|kind| exit::code(*kind).0) else {
-        return Ok(());
-    };
-    let names: Vec<String> = failed.iter().map(|(name, _)| format!("`{}`", printable(name))).collect();
-    let rest = match unrun {
-        0 => String::new(),
-        unrun => format!(", {unrun} not run (--keep-going goes on after a failure)"),
-    };
-    Err(BatchFailed { kind, message: format!("{} of {count} jobs failed: {}{rest}", failed.len(), names.join(", ")) }.into())
 }

@@ -43,6 +43,10 @@ pub(crate) struct OutputArgs {
     #[arg(long)]
     pub(crate) plan: bool,
 
+    /// Print the recipe that equals these flags, for `lite run`, and run nothing
+    #[arg(long, conflicts_with = "plan")]
+    pub(crate) print_recipe: bool,
+
     #[command(flatten)]
     pub(crate) report: super::report_args::ReportArgs,
 }
@@ -75,7 +79,14 @@ impl OutputArgs {
 
     /// Runs `recipe`, or shows its plan.
     pub(crate) fn run(&self, recipe: &Recipe, format: Format) -> anyhow::Result<()> {
-        if self.plan { super::plan::show(recipe, format) } else { super::quantize::execute(recipe, &self.report, format) }
+        if self.print_recipe {
+            return super::run::print_recipe(recipe);
+        }
+        if self.plan {
+            super::plan::show(recipe, format)
+        } else {
+            super::quantize::execute(recipe, &self.report, format)
+        }
     }
 }
 
@@ -87,6 +98,7 @@ pub(crate) fn resources(args: &ResourceArgs, recipe: Recipe) -> Recipe {
         device: args.device,
         max_shard_bytes: args.max_shard_size,
         max_memory: args.max_memory,
+        resume: super::resume::settings(args),
         ..recipe
     }
 }

@@ -166,7 +166,8 @@ impl Session<'_> {
         let subject = self.subject(name, &self.model, &source, kv.as_ref().map(|kv| kv as &dyn KvTransform));
         match &self.original {
             None => {
-                let found = perplexity(&subject, &windows.tokens, batch, &self.compute, &go_on).map_err(|e| self.failure(e))?;
+                let found =
+                    perplexity(&subject, &windows.tokens, batch, &self.compute, &go_on).map_err(|e| self.failure(e))?;
                 report.perplexity = Some(found);
             }
             Some(original) => {
@@ -264,7 +265,8 @@ impl Session<'_> {
         let go_on = |step: &'static str, done: usize, of: usize| self.go_on(step, done, of);
         let budget = usize::try_from(self.args.max_memory.map_or(TASK_HIDDEN, |b| b / 2)).unwrap_or(usize::MAX);
         let score = |subject: &Subject<'_>| -> Result<Vec<ScoredItem>, JobError> {
-            let found = log_likelihoods(subject, &requests, budget, &self.compute, &go_on).map_err(|e| self.failure(e))?;
+            let found =
+                log_likelihoods(subject, &requests, budget, &self.compute, &go_on).map_err(|e| self.failure(e))?;
             let mut rest = found.as_slice();
             let items = task.items.iter().map(|item| {
                 let (own, after) = rest.split_at(item.requests.len());
