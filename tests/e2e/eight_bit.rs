@@ -387,12 +387,12 @@ fn eval_and_generate_read_every_layout_of_small_types() {
     ] {
         let out = dir.path().join(format!("{scheme}-{layout}"));
         let made = summary("rtn", &model(), &out, &[&["--scheme", scheme, "--layout", layout], &DATA, &CHECK]);
-        let flags = ["--windows", "2", "--seqlen", "128", "--canary", "0", "--format", "json"];
+        let flags = ["--dataset", "builtin", "--windows", "2", "--seqlen", "128", "--canary", "0", "--format", "json"];
         let output = lite().arg("eval").arg(&out).arg("--against").arg(model()).args(flags).output().unwrap();
         assert!(output.status.success(), "{scheme} {layout}: {}", String::from_utf8_lossy(&output.stderr));
         let text = String::from_utf8(output.stdout).unwrap();
         let judged: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
-        let found = judged["comparison"]["kl_mean"].as_f64().unwrap_or_else(|| panic!("no KL in {judged}"));
+        let found = judged["comparison"]["kl"]["mean"].as_f64().unwrap_or_else(|| panic!("no KL in {judged}"));
         // Other text and fewer tokens: the same size, not the same figure.
         assert!(found > 0.2 * kl(&made) && found < 5.0 * kl(&made), "{scheme} {layout}: {found}, was {}", kl(&made));
         let flags = ["--prompt", "The house", "--max-new-tokens", "4"];
