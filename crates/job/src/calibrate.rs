@@ -9,7 +9,7 @@ use lite_model::{CheckpointWriter, Dtype};
 use lite_quant::{ScaleDtype, Weights};
 use lite_stats::{BlockStats, StatsTap};
 
-use crate::batches::{Batch, in_order};
+use crate::batches::Batch;
 use crate::check::{Expected, encode_edit};
 use crate::fold::{Edit, missing, tensor, to_vec};
 use crate::hidden::HiddenStates;
@@ -275,50 +275,30 @@ impl Runner<'_> {
         hidden: &HiddenStates,
         pass: &Pass<'_>,
         block: &Block,
-        tap: &mut (impl Tap + Sync),
+        tap: &mut impl Tap,
     ) -> Result<(), JobError> {
-        let (seqlen, device) = (self.plan.seqlen, &self.plan.device);
-        let mut state = (hidden, tap);
-        let work = |(hidden, _): &(&HiddenStates, _), batch: Batch| {
-            let mut seen = Seen::default();
-            let x = hidden.tensor(batch, &[batch.1, seqlen, pass.spec.hidden], device)?;
-            block.observe(&x, &pass.rope, &mut seen)?;
-            Ok(seen)
-        };
-        in_order(&mut state, self.batches(hidden.windows()), work, |(_, tap), _, seen| {
+        // One batch at a time: an input is let go as soon as the tap has seen it.
+        for (first, count) in self.batches(hidden.windows()) {
             self.go_on()?;
-            Ok(seen.0.iter().try_for_each(|(id, x)| tap.input(*id, x))?)
-        })
+            block.observe(&self.windows(hidden, first, count, pass.spec.hidden)?, &pass.rope, tap)?;
+        }
+        Ok(())
     }
 
     /// Replaces the hidden states of all windows by what `block` makes of them.
     pub(crate) fn propagate(&self, hidden: &mut HiddenStates, pass: &Pass<'_>, block: &Block) -> Result<(), JobError> {
-        let (seqlen, device) = (self.plan.seqlen, &self.plan.device);
-        let work = |hidden: &HiddenStates, batch: Batch| {
-            let x = hidden.tensor(batch, &[batch.1, seqlen, pass.spec.hidden], device)?;
-            Ok(block.forward(&x, &pass.rope, &mut NoTap)?)
-        };
-        in_order(hidden, self.batches(hidden.windows()), work, |hidden, (first, _), y| {
+        for (first, count) in self.batches(hidden.windows()) {
             self.go_on()?;
-            hidden.keep(first, &y)
-        })
+            let x = self.windows(hidden, first, count, pass.spec.hidden)?;
+            hidden.keep(first, &block.forward(&x, &pass.rope, &mut NoTap)?)?;
+        }
+        Ok(())
     }
 
     /// First window and number of windows of each batch.
     pub(crate) fn batches(&self, windows: usize) -> impl Iterator<Item = Batch> + use<> {
         let batch = self.plan.batch;
         (0..windows).step_by(batch).map(move |first| (first, batch.min(windows - first)))
-    }
-}
-
-/// The inputs of all linears of one batch, in the order they were met.
-#[derive(Default)]
-struct Seen(Vec<(InputId, Tensor)>);
-
-impl Tap for Seen {
-    fn input(&mut self, at: InputId, x: &Tensor) -> Result<(), DecoderError> {
-        self.0.push((at, x.clone()));
-        Ok(())
     }
 }
 

@@ -164,6 +164,7 @@ impl Costs<'_> {
         // After tuning the whole block runs again anyway.
         let middle = if self.solver.error_aware && !self.solver.tune { middle as u64 } else { 0 };
         let blocks = if self.solver.error_aware { 2 } else { 1 };
+        let in_flight = if self.solver.error_aware { IN_FLIGHT } else { 1 };
         let grams = if self.solver.error_aware { widest * widest * 8 } else { grams };
         // What is recorded of a block, and the file that is made of it.
         let block = block * (4 * blocks + self.source_bytes_per_weight) + 2 * self.records().1;
@@ -185,7 +186,7 @@ impl Costs<'_> {
             hidden: tokens(self.windows, self.seqlen) * stores * 4,
             middle: tokens(self.windows, self.seqlen) * middle * 4,
             spooled: false,
-            activations: tokens((self.batch * IN_FLIGHT).min(self.windows), self.seqlen) * per_token,
+            activations: tokens((self.batch * in_flight).min(self.windows), self.seqlen) * per_token,
             solve,
             check,
         }
