@@ -1,16 +1,13 @@
 //! The `fp8` layout: DeepSeek's blocks, and one static or dynamic scale per tensor.
 
 use lite_quant::floats::{FloatFormat, FloatScheme, Grain, ScaleKind};
-use lite_quant::{
-    ActivationFormat, ActivationScale, ActivationScheme, InputQuantization, LinearScheme, ScaleDtype, WeightScheme,
-    Weights,
-};
+use lite_quant::{ActivationFormat, ActivationScale, ActivationScheme, LinearScheme, ScaleDtype, WeightScheme};
 use serde_json::{Map, Value, json};
 
 use crate::config::{distinct_overrides, names, no_kv_cache, unsupported, wrong};
 use crate::floats::grid;
 use crate::form::{Form, Single, is_static};
-use crate::layout::{Layout, PackedTensor, TensorRef, TensorSpec, Unpacked};
+use crate::formed::Formed;
 use crate::{ConfigFacts, PackError, ParsedConfig};
 
 /// fp8 codes under f32 scales: `weight_scale_inv` (a multiplier, despite its name) per block, with inputs quantized by the
@@ -20,97 +17,57 @@ pub(crate) struct Fp8;
 
 const NAME: &str = "fp8";
 
-fn form(scheme: &LinearScheme, n: usize, k: usize) -> Result<Form, PackError> {
-    let refused = |what, wanted| Err(PackError::Scheme { layout: NAME, what, wanted });
-    let WeightScheme::Float(weights) = scheme.weights else { return refused("integer codes", "fp8 codes") };
-    let FloatScheme { format, grain, scale: ScaleKind::Float(_) } = weights else {
-        return refused("scales of this kind", "f32 scales");
-    };
-    let Some(ActivationScheme { format: ActivationFormat::Float(inputs), scale }) = scheme.activations else {
-        return refused("inputs of 16 bits or integers", "fp8 inputs, since readers always quantize them");
-    };
-    let blocks = match (grain, scale) {
-        (Grain::Block { columns, .. }, ActivationScale::DynamicGroup(width)) if columns == width => true,
-        (Grain::Tensor, ActivationScale::StaticTensor | ActivationScale::DynamicToken) => false,
-        _ => {
-            let wanted = "blocks with inputs per token and as many channels, or one scale per tensor with inputs per token \
-                          or static";
-            return refused("scales shared like this", wanted);
+impl Formed for Fp8 {
+    const NAME: &'static str = NAME;
+    const QUANT_METHOD: &'static str = NAME;
+    const SUFFIXES: &'static [&'static str] = &["weight", "weight_scale_inv", "weight_scale", "input_scale"];
+    const ONE_SCHEME: &'static str = "its config has one type and one block size for all of them";
+
+    fn form(scheme: &LinearScheme, n: usize, k: usize) -> Result<Form, PackError> {
+        let refused = |what, wanted| Err(PackError::Scheme { layout: NAME, what, wanted });
+        let WeightScheme::Float(weights) = scheme.weights else { return refused("integer codes", "fp8 codes") };
+        let FloatScheme { format, grain, scale: ScaleKind::Float(_) } = weights else {
+            return refused("scales of this kind", "f32 scales");
+        };
+        let Some(ActivationScheme { format: ActivationFormat::Float(inputs), scale }) = scheme.activations else {
+            return refused("inputs of 16 bits or integers", "fp8 inputs, since readers always quantize them");
+        };
+        let blocks = match (grain, scale) {
+            (Grain::Block { columns, .. }, ActivationScale::DynamicGroup(width)) if columns == width => true,
+            (Grain::Tensor, ActivationScale::StaticTensor | ActivationScale::DynamicToken) => false,
+            _ => {
+                let wanted = "blocks with inputs per token and as many channels, or one scale per tensor with inputs per token \
+                              or static";
+                return refused("scales shared like this", wanted);
+            }
+        };
+        if inputs != format || format == FloatFormat::E2M1 || (format == FloatFormat::E5M2 && !blocks) {
+            return refused("codes of this type", "e4m3, or e5m2 in blocks, for weights and inputs alike");
         }
-    };
-    if inputs != format || format == FloatFormat::E2M1 || (format == FloatFormat::E5M2 && !blocks) {
-        return refused("codes of this type", "e4m3, or e5m2 in blocks, for weights and inputs alike");
-    }
-    let (rows, columns) = grid(NAME, &weights, n, k)?;
-    Ok(Form {
-        layout: NAME,
-        n,
-        k,
-        codes: "weight",
-        scales: if blocks { "weight_scale_inv" } else { "weight_scale" },
-        shapes: if blocks { vec![vec![rows, columns]] } else { vec![vec![1], Vec::new(), vec![1, 1]] },
-        wide: Some(ScaleDtype::F32),
-        zeros: "weight_zero_point",
-        global: Single { suffix: "weight_global_scale", scalar: false, divisor: false },
-        input: is_static(scheme.activations.as_ref()).then_some(Single {
-            suffix: "input_scale",
-            scalar: false,
-            divisor: false,
-        }),
-        input_zero: None,
-    })
-}
-
-impl Layout for Fp8 {
-    fn name(&self) -> &'static str {
-        NAME
+        let (rows, columns) = grid(NAME, &weights, n, k)?;
+        Ok(Form {
+            layout: NAME,
+            n,
+            k,
+            codes: "weight",
+            scales: if blocks { "weight_scale_inv" } else { "weight_scale" },
+            shapes: if blocks { vec![vec![rows, columns]] } else { vec![vec![1], Vec::new(), vec![1, 1]] },
+            wide: Some(ScaleDtype::F32),
+            zeros: "weight_zero_point",
+            global: Single { suffix: "weight_global_scale", scalar: false, divisor: false },
+            input: is_static(scheme.activations.as_ref()).then_some(Single {
+                suffix: "input_scale",
+                scalar: false,
+                divisor: false,
+            }),
+            input_zero: None,
+        })
     }
 
-    fn quant_method(&self) -> &'static str {
-        NAME
-    }
-
-    fn suffixes(&self) -> &'static [&'static str] {
-        &["weight", "weight_scale_inv", "weight_scale", "input_scale"]
-    }
-
-    fn check(&self, scheme: &LinearScheme, n: usize, k: usize) -> Result<(), PackError> {
-        form(scheme, n, k).map(|_| ())
-    }
-
-    fn describe(&self, scheme: &LinearScheme, n: usize, k: usize) -> Result<Vec<TensorSpec>, PackError> {
-        Ok(form(scheme, n, k)?.describe(scheme))
-    }
-
-    fn pack(
-        &self,
-        weights: &Weights,
-        activations: Option<&ActivationScheme>,
-        input: Option<&InputQuantization>,
-    ) -> Result<Vec<PackedTensor>, PackError> {
-        let scheme = LinearScheme { weights: weights.scheme(), activations: activations.copied() };
-        let (n, k) = weights.shape();
-        form(&scheme, n, k)?.pack(weights, activations, input)
-    }
-
-    fn unpack<'a>(
-        &self,
-        scheme: &LinearScheme,
-        n: usize,
-        k: usize,
-        get: &dyn Fn(&str) -> Option<TensorRef<'a>>,
-    ) -> Result<Unpacked, PackError> {
-        form(scheme, n, k)?.unpack(scheme, get)
-    }
-
-    fn mixes(&self, _common: &LinearScheme, _other: &LinearScheme) -> Result<(), &'static str> {
-        Err("its config has one type and one block size for all of them")
-    }
-
-    fn quantization_config(&self, facts: &ConfigFacts) -> Result<Value, PackError> {
+    fn config(&self, facts: &ConfigFacts) -> Result<Value, PackError> {
         no_kv_cache(NAME, facts)?;
         distinct_overrides(self, facts)?;
-        form(&facts.scheme, 1, 1)?;
+        Self::form(&facts.scheme, 1, 1)?;
         let WeightScheme::Float(weights) = facts.scheme.weights else {
             return Err(PackError::Scheme { layout: NAME, what: "integer codes", wanted: "fp8 codes" });
         };
@@ -130,7 +87,7 @@ impl Layout for Fp8 {
         Ok(config)
     }
 
-    fn parse_config(&self, config: &Map<String, Value>) -> Result<ParsedConfig, PackError> {
+    fn parse(config: &Map<String, Value>) -> Result<ParsedConfig, PackError> {
         let choice = |key: &str, first: &'static str, second: &'static str| match config.get(key) {
             None | Some(Value::Null) => Ok(true),
             Some(Value::String(found)) if found == first => Ok(true),
@@ -155,7 +112,7 @@ impl Layout for Fp8 {
         let weights = FloatScheme { format, grain, scale: ScaleKind::Float(ParsedConfig::UNKNOWN_SCALE_DTYPE) };
         let activations = Some(ActivationScheme { format: ActivationFormat::Float(format), scale });
         let scheme = LinearScheme { weights: weights.into(), activations };
-        form(&scheme, 1, 1)?;
+        Self::form(&scheme, 1, 1)?;
         let mut ignored = names(config, "", "ignored_layers")?;
         if ignored.is_empty() {
             ignored = names(config, "", "modules_to_not_convert")?;

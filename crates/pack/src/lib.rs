@@ -29,6 +29,7 @@ mod config;
 mod error;
 mod floats;
 mod form;
+mod formed;
 mod fp8;
 mod gptq;
 mod layout;

@@ -2,15 +2,14 @@
 
 use lite_quant::floats::{FloatFormat, FloatScheme, Grain, ScaleKind};
 use lite_quant::{
-    ActivationFormat, ActivationScale, ActivationScheme, GroupSize, InputQuantization, LinearScheme, ScaleDtype,
-    Scheme, WeightScheme, Weights,
+    ActivationFormat, ActivationScale, ActivationScheme, GroupSize, LinearScheme, ScaleDtype, Scheme, WeightScheme,
 };
 use serde_json::{Map, Value, json};
 
 use crate::config::{distinct_overrides, names, no_kv_cache, unsupported};
 use crate::floats::grid;
 use crate::form::{Form, Single};
-use crate::layout::{Layout, PackedTensor, TensorRef, TensorSpec, Unpacked};
+use crate::formed::Formed;
 use crate::tensors::groups;
 use crate::{ConfigFacts, PackError, ParsedConfig};
 
@@ -40,81 +39,41 @@ fn dtype_name(scheme: &LinearScheme) -> Option<&'static str> {
     }
 }
 
-fn form(scheme: &LinearScheme, n: usize, k: usize) -> Result<Form, PackError> {
-    if dtype_name(scheme).is_none() {
-        let wanted = "symmetric int8, e4m3 or e5m2 weights with one scale per output channel, and inputs of the same \
-                      type per token";
-        return Err(PackError::Scheme { layout: NAME, what: "this scheme", wanted });
-    }
-    match &scheme.weights {
-        WeightScheme::Int(int) => groups(NAME, int, n, k).map(|_| ())?,
-        WeightScheme::Float(float) => grid(NAME, float, n, k).map(|_| ())?,
-    }
-    Ok(Form {
-        layout: NAME,
-        n,
-        k,
-        codes: "weight",
-        scales: "scale",
-        shapes: vec![vec![n, 1], vec![n]],
-        wide: Some(ScaleDtype::F32),
-        zeros: "zero_point",
-        global: Single { suffix: "global_scale", scalar: false, divisor: false },
-        input: None,
-        input_zero: None,
-    })
-}
+impl Formed for LmdeployW8a8 {
+    const NAME: &'static str = NAME;
+    const QUANT_METHOD: &'static str = "smooth_quant";
+    const SUFFIXES: &'static [&'static str] = &["weight", "scale"];
+    const ONE_SCHEME: &'static str = "its config has one `quant_dtype` for all of them";
 
-impl Layout for LmdeployW8a8 {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn quant_method(&self) -> &'static str {
-        "smooth_quant"
+    fn form(scheme: &LinearScheme, n: usize, k: usize) -> Result<Form, PackError> {
+        if dtype_name(scheme).is_none() {
+            let wanted = "symmetric int8, e4m3 or e5m2 weights with one scale per output channel, and inputs of the same \
+                          type per token";
+            return Err(PackError::Scheme { layout: NAME, what: "this scheme", wanted });
+        }
+        match &scheme.weights {
+            WeightScheme::Int(int) => groups(NAME, int, n, k).map(|_| ())?,
+            WeightScheme::Float(float) => grid(NAME, float, n, k).map(|_| ())?,
+        }
+        Ok(Form {
+            layout: NAME,
+            n,
+            k,
+            codes: "weight",
+            scales: "scale",
+            shapes: vec![vec![n, 1], vec![n]],
+            wide: Some(ScaleDtype::F32),
+            zeros: "zero_point",
+            global: Single { suffix: "global_scale", scalar: false, divisor: false },
+            input: None,
+            input_zero: None,
+        })
     }
 
-    fn suffixes(&self) -> &'static [&'static str] {
-        &["weight", "scale"]
-    }
-
-    fn check(&self, scheme: &LinearScheme, n: usize, k: usize) -> Result<(), PackError> {
-        form(scheme, n, k).map(|_| ())
-    }
-
-    fn describe(&self, scheme: &LinearScheme, n: usize, k: usize) -> Result<Vec<TensorSpec>, PackError> {
-        Ok(form(scheme, n, k)?.describe(scheme))
-    }
-
-    fn pack(
-        &self,
-        weights: &Weights,
-        activations: Option<&ActivationScheme>,
-        input: Option<&InputQuantization>,
-    ) -> Result<Vec<PackedTensor>, PackError> {
-        let scheme = LinearScheme { weights: weights.scheme(), activations: activations.copied() };
-        let (n, k) = weights.shape();
-        form(&scheme, n, k)?.pack(weights, activations, input)
-    }
-
-    fn unpack<'a>(
-        &self,
-        scheme: &LinearScheme,
-        n: usize,
-        k: usize,
-        get: &dyn Fn(&str) -> Option<TensorRef<'a>>,
-    ) -> Result<Unpacked, PackError> {
-        form(scheme, n, k)?.unpack(scheme, get)
-    }
-
-    fn mixes(&self, _common: &LinearScheme, _other: &LinearScheme) -> Result<(), &'static str> {
-        Err("its config has one `quant_dtype` for all of them")
-    }
-
-    fn quantization_config(&self, facts: &ConfigFacts) -> Result<Value, PackError> {
+    fn config(&self, facts: &ConfigFacts) -> Result<Value, PackError> {
         no_kv_cache(NAME, facts)?;
         distinct_overrides(self, facts)?;
-        form(&facts.scheme, 1, 1)?;
+        Self::form(&facts.scheme, 1, 1)?;
         let mut config = json!({ "quant_method": "smooth_quant", "quant_dtype": dtype_name(&facts.scheme) });
         if !facts.ignored.is_empty() {
             config["modules_to_not_convert"] = json!(facts.ignored);
@@ -122,7 +81,7 @@ impl Layout for LmdeployW8a8 {
         Ok(config)
     }
 
-    fn parse_config(&self, config: &Map<String, Value>) -> Result<ParsedConfig, PackError> {
+    fn parse(config: &Map<String, Value>) -> Result<ParsedConfig, PackError> {
         let found = config.get("quant_dtype").filter(|value| !value.is_null());
         let scale_dtype = ParsedConfig::UNKNOWN_SCALE_DTYPE;
         let float = |format| {

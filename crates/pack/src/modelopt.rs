@@ -1,16 +1,13 @@
 //! NVIDIA ModelOpt's unified Hugging Face layout, which TensorRT-LLM and vLLM read.
 
 use lite_quant::floats::{FloatFormat, FloatScheme, Grain, ScaleKind};
-use lite_quant::{
-    ActivationFormat, ActivationScale, ActivationScheme, InputQuantization, LinearScheme, ScaleDtype, WeightScheme,
-    Weights,
-};
+use lite_quant::{ActivationFormat, ActivationScale, ActivationScheme, LinearScheme, ScaleDtype, WeightScheme};
 use serde_json::{Map, Value, json};
 
 use crate::config::{distinct_overrides, missing, names, unsupported, wrong};
 use crate::floats::grid;
 use crate::form::{Form, Single};
-use crate::layout::{Layout, PackedTensor, TensorRef, TensorSpec, Unpacked};
+use crate::formed::Formed;
 use crate::{ConfigFacts, KvCacheScheme, PackError, ParsedConfig};
 
 /// `quant_algo` FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, NVFP4 and W4A16_NVFP4. All scales are multipliers; those of
@@ -69,90 +66,47 @@ impl Algo {
     }
 }
 
-fn form(scheme: &LinearScheme, n: usize, k: usize) -> Result<Form, PackError> {
-    let algo = Algo::of(scheme)?;
-    let WeightScheme::Float(weights) = scheme.weights else {
-        return Err(PackError::Scheme { layout: NAME, what: "integer codes", wanted: "fp8 or fp4 codes" });
-    };
-    let (rows, columns) = grid(NAME, &weights, n, k)?;
-    if algo == Algo::Block && !k.is_multiple_of(128) {
-        return Err(PackError::Shape { layout: NAME, n, k, rule: "K must be a multiple of 128 in FP8_PB_WO" });
-    }
-    let single = |suffix| Single { suffix, scalar: true, divisor: false };
-    let shapes = match algo {
-        Algo::Fp8 => vec![Vec::new(), vec![1]],
-        Algo::ChannelToken => vec![vec![n], vec![n, 1]],
-        Algo::Block => vec![vec![rows, 1, columns, 1], vec![rows, columns]],
-        Algo::Nvfp4 | Algo::Nvfp4WeightOnly => vec![vec![rows, columns]],
-    };
-    Ok(Form {
-        layout: NAME,
-        n,
-        k,
-        codes: "weight",
-        scales: "weight_scale",
-        shapes,
-        wide: Some(ScaleDtype::F32),
-        zeros: "weight_zero_point",
-        global: single("weight_scale_2"),
-        input: matches!(algo, Algo::Fp8 | Algo::Nvfp4).then_some(single("input_scale")),
-        input_zero: None,
-    })
-}
+impl Formed for ModelOpt {
+    const NAME: &'static str = NAME;
+    const QUANT_METHOD: &'static str = NAME;
+    const SUFFIXES: &'static [&'static str] = &["weight", "weight_scale", "weight_scale_2", "input_scale"];
+    const ONE_SCHEME: &'static str = "its config has one `quant_algo` for all of them (MIXED_PRECISION is not written)";
+    /// AWQ and SVDQuant variants multiply the inputs by it.
+    const MEANING_CHANGER: Option<(&'static str, &'static str)> =
+        Some(("pre_quant_scale", "it scales the inputs, which is not read; export the model without it"));
 
-impl Layout for ModelOpt {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn quant_method(&self) -> &'static str {
-        NAME
-    }
-
-    fn suffixes(&self) -> &'static [&'static str] {
-        &["weight", "weight_scale", "weight_scale_2", "input_scale"]
-    }
-
-    fn check(&self, scheme: &LinearScheme, n: usize, k: usize) -> Result<(), PackError> {
-        form(scheme, n, k).map(|_| ())
-    }
-
-    fn describe(&self, scheme: &LinearScheme, n: usize, k: usize) -> Result<Vec<TensorSpec>, PackError> {
-        Ok(form(scheme, n, k)?.describe(scheme))
-    }
-
-    fn pack(
-        &self,
-        weights: &Weights,
-        activations: Option<&ActivationScheme>,
-        input: Option<&InputQuantization>,
-    ) -> Result<Vec<PackedTensor>, PackError> {
-        let scheme = LinearScheme { weights: weights.scheme(), activations: activations.copied() };
-        let (n, k) = weights.shape();
-        form(&scheme, n, k)?.pack(weights, activations, input)
-    }
-
-    /// A `pre_quant_scale` (AWQ and SVDQuant variants) multiplies the inputs and is refused.
-    fn unpack<'a>(
-        &self,
-        scheme: &LinearScheme,
-        n: usize,
-        k: usize,
-        get: &dyn Fn(&str) -> Option<TensorRef<'a>>,
-    ) -> Result<Unpacked, PackError> {
-        let form = form(scheme, n, k)?;
-        if get("pre_quant_scale").is_some() {
-            let why = "it scales the inputs, which is not read; export the model without it";
-            return Err(PackError::Unexpected { layout: NAME, suffix: "pre_quant_scale", why });
+    fn form(scheme: &LinearScheme, n: usize, k: usize) -> Result<Form, PackError> {
+        let algo = Algo::of(scheme)?;
+        let WeightScheme::Float(weights) = scheme.weights else {
+            return Err(PackError::Scheme { layout: NAME, what: "integer codes", wanted: "fp8 or fp4 codes" });
+        };
+        let (rows, columns) = grid(NAME, &weights, n, k)?;
+        if algo == Algo::Block && !k.is_multiple_of(128) {
+            return Err(PackError::Shape { layout: NAME, n, k, rule: "K must be a multiple of 128 in FP8_PB_WO" });
         }
-        form.unpack(scheme, get)
+        let single = |suffix| Single { suffix, scalar: true, divisor: false };
+        let shapes = match algo {
+            Algo::Fp8 => vec![Vec::new(), vec![1]],
+            Algo::ChannelToken => vec![vec![n], vec![n, 1]],
+            Algo::Block => vec![vec![rows, 1, columns, 1], vec![rows, columns]],
+            Algo::Nvfp4 | Algo::Nvfp4WeightOnly => vec![vec![rows, columns]],
+        };
+        Ok(Form {
+            layout: NAME,
+            n,
+            k,
+            codes: "weight",
+            scales: "weight_scale",
+            shapes,
+            wide: Some(ScaleDtype::F32),
+            zeros: "weight_zero_point",
+            global: single("weight_scale_2"),
+            input: matches!(algo, Algo::Fp8 | Algo::Nvfp4).then_some(single("input_scale")),
+            input_zero: None,
+        })
     }
 
-    fn mixes(&self, _common: &LinearScheme, _other: &LinearScheme) -> Result<(), &'static str> {
-        Err("its config has one `quant_algo` for all of them (MIXED_PRECISION is not written)")
-    }
-
-    fn quantization_config(&self, facts: &ConfigFacts) -> Result<Value, PackError> {
+    fn config(&self, facts: &ConfigFacts) -> Result<Value, PackError> {
         distinct_overrides(self, facts)?;
         let algo = Algo::of(&facts.scheme)?;
         let kv_cache = kv_cache(facts)?;
@@ -181,7 +135,7 @@ impl Layout for ModelOpt {
     }
 
     /// `hf_quant_config.json`, where TensorRT-LLM looks.
-    fn side_files(&self, facts: &ConfigFacts) -> Result<Vec<(&'static str, Value)>, PackError> {
+    fn files(&self, facts: &ConfigFacts) -> Result<Vec<(&'static str, Value)>, PackError> {
         distinct_overrides(self, facts)?;
         let algo = Algo::of(&facts.scheme)?;
         let mut quantization = json!({
@@ -196,7 +150,7 @@ impl Layout for ModelOpt {
     }
 
     /// Reads both forms: that of `config.json` and that of `hf_quant_config.json`, whose keys are in `quantization`.
-    fn parse_config(&self, config: &Map<String, Value>) -> Result<ParsedConfig, PackError> {
+    fn parse(config: &Map<String, Value>) -> Result<ParsedConfig, PackError> {
         let inner = config.get("quantization").and_then(Value::as_object).unwrap_or(config);
         let known = || Algo::ALL.map(|algo| format!("{:?}", algo.name())).join(" or ");
         let algo = match inner.get("quant_algo") {

@@ -6,10 +6,10 @@ use std::path::Path;
 use lite_model::{Checkpoint, Dtype, ModelError, printable};
 use lite_pack::{ParsedConfig, detect};
 use lite_quant::floats::{FloatFormat, Grain};
-use regex::Regex;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use crate::ignored::Ignored;
 use crate::stored::{Storage, StoredLinear, stored_linears};
 
 /// What a checkpoint is. Names are as they are in the files: print them through [`printable`].
@@ -314,47 +314,7 @@ fn undeclared(checkpoint: &Checkpoint, name: &str, ignored: &Ignored<'_>) -> boo
     let float = matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
     let numbered = module.split('.').any(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit()));
     let exempt = PLAIN.iter().any(|word| module.contains(word)) || leaf == "gate";
-    info.shape.len() == 2 && float && numbered && !exempt && !ignored.covers(module)
-}
-
-/// A list of ignored modules: names, names of what holds them, regular expressions (`re:` of compressed-tensors,
-/// patterns of gptq) and globs (ModelOpt). Entries that are no valid pattern cover nothing.
-struct Ignored<'c> {
-    names: BTreeSet<&'c str>,
-    patterns: Vec<Regex>,
-}
-
-impl<'c> Ignored<'c> {
-    fn new(rules: &'c [String]) -> Self {
-        let (mut names, mut patterns) = (BTreeSet::new(), Vec::new());
-        for rule in rules {
-            let pattern = if let Some(pattern) = rule.strip_prefix("re:") {
-                // Python's `re.match`: from the start.
-                format!("^(?:{pattern})")
-            } else if rule.starts_with('^') {
-                rule.clone()
-            } else if rule.contains('*') {
-                format!("^{}$", rule.split('*').map(regex::escape).collect::<Vec<_>>().join(".*"))
-            } else {
-                names.insert(rule.as_str());
-                continue;
-            };
-            patterns.extend(Regex::new(&pattern));
-        }
-        Self { names, patterns }
-    }
-
-    fn covers(&self, module: &str) -> bool {
-        // The module, what holds it, and either without what holds that: `lm_head`, `model.visual`, `mlp.gate`.
-        let bounds = |c: char| module.match_indices(c).map(|(at, _)| at).collect::<Vec<_>>();
-        let dots = bounds('.');
-        let starts = std::iter::once(0).chain(dots.iter().map(|at| at + 1));
-        let ends: Vec<usize> = dots.iter().copied().chain([module.len()]).collect();
-        let named = starts
-            .into_iter()
-            .any(|start| ends.iter().filter(|end| **end > start).any(|end| self.names.contains(&module[start..*end])));
-        named || self.patterns.iter().any(|pattern| pattern.is_match(module))
-    }
+    info.shape.len() == 2 && float && numbered && !exempt && !ignored.holds(module)
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ mod error;
 pub mod eval;
 mod float_source;
 pub mod generate;
+mod ignored;
 mod inspect;
 mod reopen;
 mod stored;

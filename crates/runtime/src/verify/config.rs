@@ -5,9 +5,9 @@ use lite_model::{Checkpoint, printable};
 use serde_json::{Map, Value};
 
 use super::findings::Findings;
-use super::ignored::Ignored;
 use super::{Judged, side};
 use crate::attention_module;
+use crate::ignored::Ignored;
 use crate::inspect::is_kv_scale;
 
 /// The decoder that the config describes.

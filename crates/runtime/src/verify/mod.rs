@@ -30,7 +30,6 @@ mod config;
 mod findings;
 mod folds;
 mod forward;
-mod ignored;
 mod original;
 mod side;
 mod structure;

@@ -6,10 +6,10 @@ use lite_decoder::DecoderSpec;
 use lite_model::{Dtype, printable};
 
 use super::findings::Findings;
-use super::ignored::Ignored;
 use super::original::Original;
 use super::{Judged, Linear};
 use crate::QuantizedCheckpoint;
+use crate::ignored::Ignored;
 use crate::inspect::is_kv_scale;
 use crate::stored::StoredLinear;
 

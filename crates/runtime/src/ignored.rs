@@ -3,14 +3,14 @@
 use regex::Regex;
 
 /// A list of ignored modules: names, `re:` of compressed-tensors, patterns of gptq, globs of ModelOpt.
-pub(super) struct Ignored<'c> {
+pub(crate) struct Ignored<'c> {
     names: Vec<&'c str>,
     patterns: Vec<Regex>,
 }
 
 impl<'c> Ignored<'c> {
     /// Entries that are no valid pattern cover nothing.
-    pub(super) fn new(rules: &'c [String]) -> Self {
+    pub(crate) fn new(rules: &'c [String]) -> Self {
         let (mut names, mut patterns) = (Vec::new(), Vec::new());
         for rule in rules {
             let pattern = if let Some(pattern) = rule.strip_prefix("re:") {
@@ -30,13 +30,24 @@ impl<'c> Ignored<'c> {
     }
 
     /// Whether an entry means exactly this module.
-    pub(super) fn names(&self, module: &str) -> bool {
+    pub(crate) fn names(&self, module: &str) -> bool {
         self.names.contains(&module) || self.matches(module)
+    }
+
+    /// Whether an entry means this module or, by whole parts of the dotted name, something that holds it: `lm_head`,
+    /// `model.visual`, `mlp.gate`.
+    pub(crate) fn holds(&self, module: &str) -> bool {
+        let at_bounds = |(start, name): (usize, &str)| {
+            let end = start + name.len();
+            (start == 0 || module[..start].ends_with('.')) && (end == module.len() || module[end..].starts_with('.'))
+        };
+        let named = |name: &&str| !name.is_empty() && module.match_indices(*name).any(at_bounds);
+        self.names.iter().any(named) || self.matches(module)
     }
 
     /// Whether any engine would take an entry to cover the module: by name, by the name of what holds it, or by a part
     /// of its name.
-    pub(super) fn covers(&self, module: &str) -> bool {
+    pub(crate) fn covers(&self, module: &str) -> bool {
         self.names.iter().any(|name| !name.is_empty() && module.contains(name)) || self.matches(module)
     }
 
