@@ -5,7 +5,7 @@ use std::path::Path;
 use super::support::*;
 
 /// One token per character, so that any text becomes ids below `vocab`.
-fn write_tokenizer(dir: &Path, vocab: usize) {
+pub(super) fn write_tokenizer(dir: &Path, vocab: usize) {
     let characters = " etaoinshrdlucmfwypvbgkqjxz.,ETAOINSHRDLUCMFWYPVBGK0123456789";
     let mut table = serde_json::Map::new();
     table.insert("<unk>".to_owned(), 0.into());
@@ -21,11 +21,15 @@ fn write_tokenizer(dir: &Path, vocab: usize) {
     std::fs::write(dir.join("tokenizer.json"), tokenizer.to_string()).unwrap();
 }
 
-#[test]
-fn every_family_runs_end_to_end() {
-    let families = root().join("tests/fixtures/families");
-    let mut ran = 0;
-    for entry in std::fs::read_dir(&families).unwrap() {
+const CALIBRATION: [&str; 6] = ["--calib-dataset", "random", "--calib-samples", "8", "--calib-seqlen", "32"];
+
+/// Eight bits: the quantized model is the original, nearly.
+const EIGHT_BITS: [&str; 6] = ["--w-group-size", "16", "--w-bits", "8", "--layout", "compressed-tensors"];
+
+/// Copies of all families with a tokenizer, by name.
+fn families() -> Vec<(String, tempfile::TempDir)> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(root().join("tests/fixtures/families")).unwrap() {
         let family = entry.unwrap().path();
         if !family.join("config.json").exists() {
             continue;
@@ -34,39 +38,66 @@ fn every_family_runs_end_to_end() {
         std::fs::remove_file(copy.path().join("expected.safetensors")).unwrap();
         let vocab = config(copy.path())["vocab_size"].as_u64().unwrap() as usize;
         write_tokenizer(copy.path(), vocab);
-        let dir = tempfile::tempdir().unwrap();
-        let out = dir.path().join("out");
-        let flags = [
-            "--calib-dataset",
-            "random",
-            "--calib-samples",
-            "8",
-            "--calib-seqlen",
-            "32",
-            "--eval-samples",
-            "2",
-            "--w-group-size",
-            "16",
-            "--w-bits",
-            "8",
-            "--layout",
-            "compressed-tensors",
-            "--format",
-            "json",
-        ];
-        let stdout = auto_awq_ok(copy.path(), &out, &flags);
-        let summary: serde_json::Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
-        assert_eq!(summary["event"], "summary");
-        // 8 bits: the quantized model is the original, nearly.
-        let kl = summary["comparison"]["kl_mean"].as_f64().unwrap();
-        assert!((0.0..0.01).contains(&kl), "{}: {kl}", family.display());
-        // The same with statistics of the float model: their folds are asserted on random states.
-        let (stats, out) = (dir.path().join("stats"), dir.path().join("from-stats"));
-        let calibrate =
-            lite().arg("calibrate").arg(copy.path()).arg("--work-dir").arg(&stats).args(&flags[..6]).output().unwrap();
-        assert!(calibrate.status.success(), "{}: {}", family.display(), String::from_utf8_lossy(&calibrate.stderr));
-        auto_awq_ok(copy.path(), &out, &[&flags[6..], &["--stats", stats.to_str().unwrap()]].concat());
-        ran += 1;
+        found.push((family.file_name().unwrap().to_str().unwrap().to_owned(), copy));
     }
-    assert!(ran >= 16, "only {ran} families were found");
+    assert!(found.len() >= 30, "only {} families were found", found.len());
+    found
+}
+
+fn has_experts(model: &Path) -> bool {
+    let config = config(model);
+    ["num_experts", "num_local_experts", "n_routed_experts"].iter().any(|key| config.get(key).is_some())
+}
+
+/// Runs a command that must succeed; returns standard output.
+fn ok(command: &mut std::process::Command) -> String {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Quantizes into `out`, judges the result against the original, and gives the divergence.
+fn quantize(verb: &str, model: &Path, out: &Path, flags: &[&str]) -> f64 {
+    let more = ["--eval-samples", "2", "--format", "json"];
+    let stdout = ok(lite().arg(verb).arg(model).arg("--work-dir").arg(out).args(flags).args(more));
+    let summary: serde_json::Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
+    assert_eq!(summary["event"], "summary");
+    ok(lite().arg("verify").arg(out).arg("--against").arg(model));
+    summary["comparison"]["kl_mean"].as_f64().unwrap()
+}
+
+#[test]
+fn every_family_runs_end_to_end() {
+    for (name, copy) in families() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let kl = quantize("auto_awq", copy.path(), &at("awq"), &[&CALIBRATION[..], &EIGHT_BITS].concat());
+        assert!((0.0..0.01).contains(&kl), "{name}: {kl}");
+        if has_experts(copy.path()) {
+            // Statistics of every expert are not kept.
+            continue;
+        }
+        // The same with statistics of the float model: their folds are asserted on random states.
+        ok(lite().arg("calibrate").arg(copy.path()).arg("--work-dir").arg(at("stats")).args(CALIBRATION));
+        let stats = at("stats");
+        let flags = [&EIGHT_BITS[..], &["--stats", stats.to_str().unwrap()]].concat();
+        quantize("auto_awq", copy.path(), &at("from-stats"), &flags);
+    }
+}
+
+/// Second-order codes with block tuning, and scales moved from activations to weights.
+#[test]
+fn every_family_is_solved_and_smoothed() {
+    for (name, copy) in families() {
+        if has_experts(copy.path()) {
+            // A handful of tokens per expert says nothing about solvers, and experts have no gradients.
+            continue;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let flags = [&CALIBRATION[..], &EIGHT_BITS, &["--effort", "best"]].concat();
+        let kl = quantize("auto_gptq", copy.path(), &dir.path().join("gptq"), &flags);
+        assert!((0.0..0.01).contains(&kl), "{name}: {kl}");
+        let kl = quantize("smooth_quant", copy.path(), &dir.path().join("smooth"), &CALIBRATION);
+        assert!((0.0..0.05).contains(&kl), "{name}: {kl}");
+    }
 }

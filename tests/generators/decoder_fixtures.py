@@ -28,8 +28,11 @@ import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
-from transformers import LlamaForCausalLM, MistralForCausalLM, Phi3ForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig,
+                          Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM, GraniteConfig, GraniteForCausalLM,
+                          LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Olmo2Config,
+                          Olmo2ForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
+                          Qwen3ForCausalLM, Starcoder2Config, Starcoder2ForCausalLM)
 
 MAX_CASE_BYTES = 300 * 1024
 F32, BF16 = torch.float32, torch.bfloat16
@@ -56,7 +59,7 @@ SHARED_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_lay
 
 
 def published(build, model_type, arch, dtype, version, **kw):
-    d = {k: build[k] for k in SHARED_KEYS}
+    d = {k: build[k] for k in SHARED_KEYS if k in build}
     d.update(architectures=[arch], model_type=model_type, hidden_act="silu", initializer_range=0.02, use_cache=True,
              torch_dtype=DTYPE_NAME[dtype], transformers_version=version)
     d.update(kw)
@@ -214,11 +217,108 @@ def cases():
                   original_max_position_embeddings=128, partial_rotary_factor=0.5, rope_scaling=None,
                   sliding_window=None),
         [dict(rope_parameters=plain)])
+
+    # Phi-4-mini: LongRoPE over three quarters of each head, tied embeddings.
+    b = llama_build(hidden_size=64, pad_token_id=2, sliding_window=262144, max_position_embeddings=256,
+                    original_max_position_embeddings=32, tie_word_embeddings=True)
+    lr = dict(long_factor=[1.0, 1.5, 2.4, 4.0, 6.0, 8.0], short_factor=[1.0, 1.0, 1.1, 1.2, 1.5, 2.0])
+    b["rope_parameters"] = rope("longrope", partial_rotary_factor=0.75, **lr)
+    add("phi4-mini", "phi3", Phi3ForCausalLM, BF16, [24, 48], b,
+        published(b, "phi3", "Phi3ForCausalLM", BF16, "4.45.0", **phi3, attention_bias=False,
+                  original_max_position_embeddings=32, partial_rotary_factor=0.75,
+                  rope_scaling=dict(lr, type="longrope"), sliding_window=262144),
+        [dict(rope_parameters=rope("default", partial_rotary_factor=0.75))])
+
+    # Mistral Nemo: heads narrower than hidden / heads, no window.
+    b = llama_build(head_dim=8, sliding_window=None, rope_parameters=rope("default", 1000000.0))
+    add("mistral-nemo", "llama", MistralForCausalLM, BF16, [40, 40], b,
+        published(b, "mistral", "MistralForCausalLM", BF16, "4.43.0.dev0", attention_dropout=0.0, head_dim=8,
+                  rope_theta=1000000.0, sliding_window=None), [dict(sliding_window=12)])
+
+    factors = dict(attention_multiplier=0.4, embedding_multiplier=1.5, logits_scaling=1.25, residual_multiplier=0.7)
+    b = llama_build(**factors)
+    add("granite", "llama", GraniteForCausalLM, BF16, [40, 40], b,
+        published(b, "granite", "GraniteForCausalLM", BF16, "4.46.0.dev0", attention_bias=False, attention_dropout=0.0,
+                  mlp_bias=False, rope_scaling=None, rope_theta=10000.0, **factors),
+        [{k: v * 1.3} for k, v in factors.items()])
+
+    b = llama_build(num_key_value_heads=2, rms_norm_eps=0.01, rope_parameters=rope("default", 500000.0))
+    add("olmo2", "olmo2", Olmo2ForCausalLM, F32, [40, 40], b,
+        published(b, "olmo2", "Olmo2ForCausalLM", F32, "4.47.0", attention_bias=False, attention_dropout=0.0,
+                  rope_scaling=None, rope_theta=500000), [dict(rms_norm_eps=1e-5)])
+
+    # GLM-4: neighbouring dimensions are rotated together, half of each head; biases on q, k and v.
+    glm = dict(attention_bias=True, attention_dropout=0.0, head_dim=16, pad_token_id=0, partial_rotary_factor=0.5,
+               rope_theta=10000.0)
+    b = llama_build(head_dim=16, attention_bias=True, pad_token_id=0,
+                    rope_parameters=rope("default", partial_rotary_factor=0.5))
+    add("glm", "glm", GlmForCausalLM, BF16, [40, 40], b,
+        published(b, "glm", "GlmForCausalLM", BF16, "4.46.0.dev0", **glm),
+        [dict(rope_parameters=rope("default", partial_rotary_factor=1.0))])
+    b = dict(b, attention_bias=False, rms_norm_eps=0.01)
+    add("glm4", "glm4", Glm4ForCausalLM, BF16, [40, 40], b,
+        published(b, "glm4", "Glm4ForCausalLM", BF16, "4.52.0.dev0", **dict(glm, attention_bias=False)),
+        [dict(rms_norm_eps=1e-5)])
+
+    # Gemma 2: every second layer within the window; both caps low enough to matter.
+    gemma = dict(hidden_activation="gelu_pytorch_tanh", head_dim=16, query_pre_attn_scalar=24, sliding_window=12,
+                 tie_word_embeddings=True)
+    caps = dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
+    b = llama_build(**gemma, **caps, rms_norm_eps=0.01)
+    gemma2 = published(b, "gemma2", "Gemma2ForCausalLM", F32, "4.42.4", attention_bias=False, attention_dropout=0.0,
+                       cache_implementation="hybrid", hidden_act="gelu_pytorch_tanh", rope_theta=10000.0, **gemma, **caps)
+    del gemma2["tie_word_embeddings"]  # the published files leave it to the default
+    add("gemma2", "gemma", Gemma2ForCausalLM, F32, [40, 40], b, gemma2,
+        [dict(attn_logit_softcapping=None), dict(final_logit_softcapping=None), dict(sliding_window=13),
+         dict(query_pre_attn_scalar=16), dict(layer_types=["full_attention", "sliding_attention"])])
+
+    # Gemma 3: two rotary embeddings, every third layer without a window; the published style.
+    def two(kind, **kw):
+        return {"full_attention": rope(kind, 1000.0, **kw), "sliding_attention": plain}
+
+    b = llama_build(**gemma, num_hidden_layers=3, sliding_window_pattern=3, rope_parameters=two("linear", factor=8.0))
+    gemma3 = published(b, "gemma3_text", "Gemma3ForCausalLM", F32, "4.50.0.dev0", attention_bias=False,
+                       attention_dropout=0.0, attn_logit_softcapping=None, final_logit_softcapping=None,
+                       rope_local_base_freq=10000.0, rope_theta=1000.0,
+                       rope_scaling={"factor": 8.0, "rope_type": "linear"}, sliding_window_pattern=3, **gemma)
+    del gemma3["tie_word_embeddings"], gemma3["hidden_act"]
+    add("gemma3", "gemma3", Gemma3ForCausalLM, F32, [40, 40], b, gemma3,
+        [dict(sliding_window=13), dict(sliding_window_pattern=2), dict(rope_parameters=two("default")),
+         dict(rope_parameters=dict(two("linear", factor=8.0), sliding_attention=rope("default", 1000.0))),
+         dict(query_pre_attn_scalar=16)])
+    # The same in the present style.
+    b = llama_build(**gemma, hidden_size=64, final_logit_softcapping=3.0, rms_norm_eps=0.01,
+                    layer_types=["full_attention", "sliding_attention"], rope_parameters=two("linear", factor=4.0))
+    add("gemma3-types", "gemma3", Gemma3ForCausalLM, BF16, [40, 40], b, None, [dict(final_logit_softcapping=None)])
+
+    starcoder2 = dict(attention_dropout=0.0, embedding_dropout=0.0, hidden_act="gelu_pytorch_tanh", norm_epsilon=0.01,
+                      residual_dropout=0.0, sliding_window=12)
+    for name, tied, bias, dtype in (("starcoder2", True, True, BF16), ("starcoder2-plain", False, False, F32)):
+        b = llama_build(**starcoder2, tie_word_embeddings=tied, use_bias=bias)
+        del b["rms_norm_eps"]
+        config = published(b, "starcoder2", "Starcoder2ForCausalLM", dtype, "4.37.0.dev0", rope_theta=10000.0,
+                           use_bias=bias, **starcoder2)
+        if tied:
+            del config["tie_word_embeddings"]  # the default, and how the files are published
+        add(name, "starcoder2", Starcoder2ForCausalLM, dtype, [40, 40], b, config,
+            [dict(sliding_window=None), dict(norm_epsilon=1e-5), dict(hidden_act="silu")])
+
+    # Baichuan2 7B has no class in transformers: Llama with q, k and v apart, and the head's rows of length 1.
+    b = llama_build(num_key_value_heads=4)
+    config = published(b, "baichuan", "BaichuanForCausalLM", BF16, "4.29.2", _from_model_config=True,
+                       auto_map={"AutoConfig": "configuration_baichuan.BaichuanConfig",
+                                 "AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM"},
+                       model_max_length=128, pad_token_id=0, tokenizer_class="BaichuanTokenizer")
+    del config["num_key_value_heads"]
+    add("baichuan2", "baichuan2", LlamaForCausalLM, BF16, [40, 40], b, config)
     return out
 
 
 CONFIG_CLASS = {LlamaForCausalLM: LlamaConfig, MistralForCausalLM: MistralConfig, Qwen2ForCausalLM: Qwen2Config,
-                Qwen3ForCausalLM: Qwen3Config, Phi3ForCausalLM: Phi3Config}
+                Qwen3ForCausalLM: Qwen3Config, Phi3ForCausalLM: Phi3Config, GraniteForCausalLM: GraniteConfig,
+                Olmo2ForCausalLM: Olmo2Config, GlmForCausalLM: GlmConfig, Glm4ForCausalLM: Glm4Config,
+                Gemma2ForCausalLM: Gemma2Config, Gemma3ForCausalLM: Gemma3TextConfig,
+                Starcoder2ForCausalLM: Starcoder2Config}
 
 
 def make_config(case, changed=None):
@@ -234,6 +334,10 @@ def fill(model, gen):
     """Random weights: scores with a spread of about 3, sublayer outputs the size of the residual, logits near 2."""
     cfg = model.config
     h = cfg.hidden_size
+    gemma = cfg.model_type.startswith("gemma")
+    one = 1.0 if gemma else 0.0  # stored norm weights are distances from it
+    # Gemma multiplies embeddings by the root of h: with larger ones a tied head would only repeat the last token.
+    tied = 0.8 if gemma else 2.0
 
     def randn(shape, std):
         return torch.randn(shape, generator=gen, dtype=F32) * std
@@ -241,12 +345,12 @@ def fill(model, gen):
     for name, p in sorted(model.named_parameters()):
         leaf = name.split(".")[-2]
         shape = tuple(p.shape)
-        if leaf in ("q_norm", "k_norm"):
-            w = (1.5 + randn(shape, 0.3)).clamp(0.5, 2.5)
-        elif leaf == "norm" or leaf.endswith("layernorm"):
-            w = (1.0 + randn(shape, 0.3)).clamp(0.3, 1.7)
-        elif name.endswith(".bias"):
+        if name.endswith(".bias"):
             w = randn(shape, 0.6 if leaf in ("q_proj", "k_proj") else 0.3)
+        elif leaf in ("q_norm", "k_norm"):
+            w = (1.5 + randn(shape, 0.3)).clamp(0.5, 2.5) - one
+        elif leaf == "norm" or leaf.endswith("layernorm"):
+            w = (1.0 + randn(shape, 0.3)).clamp(0.3, 1.7) * (2.0 if gemma and leaf == "norm" else 1.0) - one
         elif leaf in ("q_proj", "k_proj"):
             w = randn(shape, 1.8 / math.sqrt(h))
         elif leaf == "qkv_proj":
@@ -254,10 +358,10 @@ def fill(model, gen):
             kv = cfg.num_key_value_heads * (h // cfg.num_attention_heads)
             w[-kv:] /= 1.8
         elif leaf == "embed_tokens":
-            w = randn(shape, 2.0 / math.sqrt(h) if cfg.tie_word_embeddings else 1.0)
+            w = randn(shape, tied / math.sqrt(h) if cfg.tie_word_embeddings else 1.0)
         elif leaf == "lm_head":
             w = randn(shape, 2.0 / math.sqrt(h))
-        elif leaf in ("gate_proj", "gate_up_proj", "down_proj"):
+        elif leaf in ("gate_proj", "gate_up_proj", "down_proj", "c_fc", "c_proj"):
             w = randn(shape, 1.5 / math.sqrt(shape[1]))
         elif leaf in ("up_proj", "v_proj", "o_proj"):
             w = randn(shape, 1.0 / math.sqrt(shape[1]))
@@ -266,9 +370,10 @@ def fill(model, gen):
         p.data.copy_(w)
 
 
-def published_names(family, layers, attn_bias, mlp_bias, tied):
+def published_names(family, layers, build, tied):
     """The tensor names of the published checkpoints."""
     names = set()
+    attn_bias, mlp_bias = build.get("attention_bias"), build.get("mlp_bias")
     for i in range(layers):
         p = f"model.layers.{i}."
         if family == "internlm2":
@@ -278,16 +383,29 @@ def published_names(family, layers, attn_bias, mlp_bias, tied):
         else:
             tails = ["input_layernorm", "post_attention_layernorm", "self_attn.o_proj", "mlp.down_proj"]
             qkv = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
-            tails += ["self_attn.qkv_proj", "mlp.gate_up_proj"] if family == "phi3" else \
-                qkv + ["mlp.gate_proj", "mlp.up_proj"]
-            tails += ["self_attn.q_norm", "self_attn.k_norm"] if family == "qwen3" else []
+            if family == "starcoder2":
+                tails = tails[:-1] + qkv + ["mlp.c_fc", "mlp.c_proj"]
+                norms = ["input_layernorm", "post_attention_layernorm"]
+                biased = [t for t in tails if build["use_bias"] or t in norms]
+                names |= {f"{p}{t}.weight" for t in tails} | {f"{p}{t}.bias" for t in biased}
+                continue
+            tails += {"phi3": ["self_attn.qkv_proj"], "baichuan2": ["self_attn.W_pack"]}.get(family, qkv)
+            tails += ["mlp.gate_up_proj"] if family in ("phi3", "glm", "glm4") else ["mlp.gate_proj", "mlp.up_proj"]
+            tails += ["self_attn.q_norm", "self_attn.k_norm"] if family in ("qwen3", "olmo2", "gemma3") else []
+            tails += ["post_feedforward_layernorm"] if family in ("olmo2", "gemma", "gemma3") else []
+            tails += ["pre_feedforward_layernorm"] if family in ("gemma", "gemma3") else []
+            tails += ["post_self_attn_layernorm", "post_mlp_layernorm"] if family == "glm4" else []
+            if family == "olmo2":
+                tails.remove("input_layernorm")
             biased = qkv if family == "qwen2" else []
-            biased = biased + (qkv + ["self_attn.o_proj"] if attn_bias else [])
+            o = [] if family in ("glm", "glm4") else ["self_attn.o_proj"]
+            biased = biased + (qkv + o if attn_bias else [])
             biased = biased + (["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if mlp_bias else [])
         names |= {f"{p}{t}.weight" for t in tails} | {f"{p}{t}.bias" for t in biased}
     if family == "internlm2":
         return names | {"model.tok_embeddings.weight", "model.norm.weight", "output.weight"}
     names |= {"model.embed_tokens.weight", "model.norm.weight"}
+    names |= {"model.norm.bias"} if family == "starcoder2" else set()
     return names if tied else names | {"lm_head.weight"}
 
 
@@ -375,6 +493,59 @@ def internlm2_forward(cfg, w, ids):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Baichuan2: q, k and v in one matrix, a head whose rows are normalised before use
+
+
+def to_baichuan2(tensors):
+    out = {k: v for k, v in tensors.items() if not any(f".{x}_proj." in k for x in "qkv")}
+    for name in tensors:
+        if ".self_attn.q_proj." in name:
+            parts = [tensors[name.replace("q_proj", f"{x}_proj")] for x in "qkv"]
+            out[name.replace("q_proj", "W_pack")] = torch.cat(parts).contiguous()
+    return out
+
+
+def from_baichuan2(tensors):
+    out = {}
+    for name, t in tensors.items():
+        if ".W_pack." in name:
+            for x, part in zip("qkv", t.chunk(3)):
+                out[name.replace("W_pack", f"{x}_proj")] = part.contiguous()
+        elif name == "lm_head.weight":
+            out[name] = F.normalize(t.float())
+        else:
+            out[name] = t
+    return out
+
+
+def baichuan2_forward(cfg, w, ids):
+    """The forward published with Baichuan2-7B, for one window of ids [tokens]; all in f32."""
+    t, heads, eps = ids.shape[0], cfg["num_attention_heads"], cfg["rms_norm_eps"]
+    d = cfg["hidden_size"] // heads
+    angle = torch.arange(t, dtype=F32)[:, None] / 10000.0 ** (torch.arange(0, d, 2, dtype=F32) / d)
+    cos, sin = (torch.cat([f, f], dim=-1)[:, None] for f in (angle.cos(), angle.sin()))
+
+    def rotate(x):
+        return x * cos + torch.cat([-x[..., d // 2:], x[..., : d // 2]], dim=-1) * sin
+
+    def norm(x, weight):
+        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+    x = w["model.embed_tokens.weight"][ids]
+    for i in range(cfg["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        y = norm(x, w[p + "input_layernorm.weight"]) @ w[p + "self_attn.W_pack.weight"].T
+        q, k, v = y.view(t, 3, heads, d).unbind(1)
+        heads_out = F.scaled_dot_product_attention(rotate(q).transpose(0, 1), rotate(k).transpose(0, 1),
+                                                   v.transpose(0, 1), is_causal=True)
+        x = x + heads_out.transpose(0, 1).reshape(t, -1) @ w[p + "self_attn.o_proj.weight"].T
+        y = norm(x, w[p + "post_attention_layernorm.weight"])
+        gate = F.silu(y @ w[p + "mlp.gate_proj.weight"].T)
+        x = x + (gate * (y @ w[p + "mlp.up_proj.weight"].T)) @ w[p + "mlp.down_proj.weight"].T
+    return norm(x, w["model.norm.weight"]) @ F.normalize(w["lm_head.weight"]).T
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Reference logits
 
 
@@ -404,6 +575,8 @@ def class_tensors(case, folder):
     tensors = load_file(folder / "model.safetensors")
     if case["family"] == "internlm2":
         tensors = from_internlm2(tensors, case["build"]["num_attention_heads"], case["build"]["num_key_value_heads"])
+    if case["family"] == "baichuan2":
+        tensors = from_baichuan2(tensors)
     return tensors
 
 
@@ -428,11 +601,11 @@ def check_sensitive(case, tensors, windows, logits):
     least = (float("inf"), None)
     for name, t in tensors.items():
         if name.endswith("norm.weight"):
-            wrong = torch.ones_like(t)
+            wrong = torch.zeros_like(t) if case["family"].startswith("gemma") else torch.ones_like(t)
         elif name.endswith(".bias"):
             wrong = torch.zeros_like(t)
         else:
-            wrong = t.roll(1, 0)  # rows out of place
+            wrong = t.roll(1, 0 if t.shape[0] > 1 else 1)  # out of place
         d = max_diff(logits[:1], [run(fresh_model(case, {**tensors, name: wrong}), windows[0])])
         least = min(least, (d, name))
     assert least[0] > 0.05, least
@@ -468,6 +641,10 @@ def generate(case, out):
         tensors = to_internlm2(tensors, config.num_attention_heads, config.num_key_value_heads)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         in_transformers = False
+    elif case["family"] == "baichuan2":
+        save_file(to_baichuan2(load_file(folder / "model.safetensors")), folder / "model.safetensors",
+                  metadata={"format": "pt"})
+        in_transformers = False
     elif case["config"] and case["config"]["model_type"] == "internlm3":
         in_transformers = False
 
@@ -475,8 +652,7 @@ def generate(case, out):
     with safe_open(folder / "model.safetensors", "pt") as f:
         names = set(f.keys())
         assert all(f.get_tensor(k).dtype == dtype for k in names)
-    expect = published_names(case["family"], config.num_hidden_layers, case["build"].get("attention_bias"),
-                             case["build"].get("mlp_bias"), config.tie_word_embeddings)
+    expect = published_names(case["family"], config.num_hidden_layers, case["build"], config.tie_word_embeddings)
     assert names == expect, names ^ expect
 
     # The reference: the stored weights, back in f32.
@@ -494,6 +670,10 @@ def generate(case, out):
     if case["family"] == "internlm2":
         raw = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
         second = max_diff(logits, [internlm2_forward(case["config"], raw, w) for w in windows])
+        assert second < 1e-3, second
+    if case["family"] == "baichuan2":
+        raw = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
+        second = max_diff(logits, [baichuan2_forward(case["config"], raw, w) for w in windows])
         assert second < 1e-3, second
 
     least, weakest = check_sensitive(case, tensors, windows, logits)

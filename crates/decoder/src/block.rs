@@ -2,10 +2,10 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::attention::{Inputs, attention};
+use crate::norm::{Norm, load_norm};
 use crate::{
-    AttnSpec, BlockSpec, Compute, DecoderError, DecoderSpec, InputId, KvTransform, MlpSpec, NormSpec, Role, Rope,
-    Stream, Tap, WeightSource, ops,
+    BlockSpec, Compute, DecoderError, DecoderSpec, InputId, KvTransform, MlpSpec, NormSpec, Role, Rope, Stream, Tap,
+    WeightSource, ops,
 };
 
 /// One decoder block with its weights, all f32 on one device.
@@ -15,7 +15,7 @@ pub struct Block {
     hidden: usize,
     compute: Compute,
     linears: BTreeMap<Role, Linear>,
-    /// Norm weights by tensor name.
+    /// Weights and biases of norms, and what belongs to a router, by tensor name.
     vectors: BTreeMap<String, Tensor>,
 }
 
@@ -53,15 +53,24 @@ impl Block {
             linears.insert(site.id.role, Linear { module: site.module.clone(), weight, bias });
         }
         let mut vectors = BTreeMap::new();
-        let mut vector = |norm: &NormSpec, width: usize| -> Result<(), DecoderError> {
-            vectors.insert(norm.weight.clone(), load_norm(source, norm, width, device)?);
-            Ok(())
-        };
-        vector(&block.norms.attn, spec.hidden)?;
-        vector(&block.norms.mlp, spec.hidden)?;
-        let AttnSpec::Gqa(attn) = &block.attn;
-        for norm in attn.q_norm.iter().chain(&attn.k_norm) {
-            vector(norm, attn.head_dim)?;
+        for norm in block.norms.all() {
+            vectors.extend(load_norm(source, norm, spec.hidden, device)?);
+        }
+        for (norm, width) in block.attn.norms() {
+            vectors.extend(load_norm(source, norm, width, device)?);
+        }
+        if let Some(moe) = block.moe() {
+            let mut plain = |name: &String, shape: &[usize]| -> Result<(), DecoderError> {
+                vectors.insert(name.clone(), load(source, name, shape, device)?);
+                Ok(())
+            };
+            plain(&moe.router.weight, &[moe.experts, spec.hidden])?;
+            if let Some(correction) = &moe.router.correction {
+                plain(correction, &[moe.experts])?;
+            }
+            if let Some(gate) = moe.shared.iter().find_map(|shared| shared.gate.as_ref()) {
+                plain(gate, &[1, spec.hidden])?;
+            }
         }
         Ok(Self { spec: block.clone(), hidden: spec.hidden, compute, linears, vectors })
     }
@@ -91,7 +100,7 @@ impl Block {
         self.linears.get(&role)?.bias.as_ref()
     }
 
-    /// The weight of a norm by its tensor name.
+    /// The weight or bias of a norm, or the weight of a router `[experts, hidden]`, by its tensor name.
     pub fn vector(&self, tensor: &str) -> Option<&Tensor> {
         self.vectors.get(tensor)
     }
@@ -120,16 +129,16 @@ impl Block {
         Ok(())
     }
 
-    /// Replaces the weight of a norm by its tensor name.
+    /// Replaces what [`Block::vector`] gives.
     ///
     /// # Errors
-    /// If the block has no such norm, or `value` is not f32 of the same shape.
+    /// If the block has no such tensor, or `value` is not f32 of the same shape.
     pub fn set_vector(&mut self, tensor: &str, value: Tensor) -> Result<(), DecoderError> {
         let index = self.spec.index;
         let old = self
             .vectors
             .get_mut(tensor)
-            .ok_or_else(|| DecoderError::tensor(tensor, format!("block {index} has no norm of this name")))?;
+            .ok_or_else(|| DecoderError::tensor(tensor, format!("block {index} has no norm or router of this name")))?;
         *old = fit(tensor, value, old)?;
         Ok(())
     }
@@ -140,8 +149,8 @@ impl Block {
     /// # Errors
     /// If `x` or `rope` do not fit, the device fails, or the tap does.
     pub fn forward<T: Tap>(&self, x: &Tensor, rope: &Rope, tap: &mut T) -> Result<Tensor, DecoderError> {
-        let (residual, middle) = self.to_last_input(x, rope, tap)?;
-        Ok(self.after_mlp(&residual, &middle)?.reshape(x.dims3()?)?)
+        let out = self.run(x, rope, None, true, &mut |at, x| tap.input(at, &x).map(|()| x))?;
+        out.ok_or_else(|| DecoderError::input("a block gave no output"))
     }
 
     /// [`Block::forward`] with a cache between the projections and attention: keys and values are what `kv` makes of
@@ -150,37 +159,62 @@ impl Block {
     /// # Errors
     /// As [`Block::forward`].
     pub fn forward_through(&self, x: &Tensor, rope: &Rope, kv: &dyn KvTransform) -> Result<Tensor, DecoderError> {
-        let (windows, tokens, hidden) = self.check_input(x, rope)?;
-        let residual = x.reshape((windows * tokens, hidden))?.contiguous()?;
-        let heads = self.attend(&self.attn_in(&residual)?, rope, Some(kv))?;
-        let residual = self.after_attn(&residual, &heads)?;
-        let middle = self.mlp_mid(&self.mlp_in(&residual)?)?;
-        Ok(self.after_mlp(&residual, &middle)?.reshape((windows, tokens, hidden))?)
+        let out = self.run(x, rope, Some(kv), true, &mut |_, x| Ok(x))?;
+        out.ok_or_else(|| DecoderError::input("a block gave no output"))
     }
 
-    /// [`Block::forward`] up to the input of its last linear: all that a tap sees, without the output.
+    /// [`Block::forward`] up to the inputs of its last linears: all that a tap sees, without the output.
     ///
     /// # Errors
     /// As [`Block::forward`].
     pub fn observe<T: Tap>(&self, x: &Tensor, rope: &Rope, tap: &mut T) -> Result<(), DecoderError> {
-        self.to_last_input(x, rope, tap).map(drop)
+        self.run(x, rope, None, false, &mut |at, x| tap.input(at, &x).map(|()| x)).map(drop)
     }
 
-    /// The residual stream before the last linear, and that linear's input.
-    fn to_last_input<T: Tap>(&self, x: &Tensor, rope: &Rope, tap: &mut T) -> Result<(Tensor, Tensor), DecoderError> {
+    /// The whole block; `see` is shown the input of every linear and gives what the linear reads. The output is made
+    /// only if `output`.
+    pub(crate) fn run(
+        &self,
+        x: &Tensor,
+        rope: &Rope,
+        kv: Option<&dyn KvTransform>,
+        output: bool,
+        see: &mut dyn FnMut(InputId, Tensor) -> Result<Tensor, DecoderError>,
+    ) -> Result<Option<Tensor>, DecoderError> {
         let shape = self.check_input(x, rope)?;
-        let at = |stream| InputId { block: self.spec.index, stream };
+        let mut see = |stream, x| see(InputId { block: self.spec.index, stream }, x);
         let residual = x.reshape((shape.0 * shape.1, shape.2))?.contiguous()?;
-        let normed = self.attn_in(&residual)?;
-        tap.input(at(Stream::AttnIn), &normed)?;
-        let heads = self.attn_out(&normed, rope)?;
-        tap.input(at(Stream::AttnOut), &heads)?;
+        let normed = see(Stream::AttnIn, self.attn_in(&residual)?)?;
+        let heads = self.attend(&normed, rope, kv, &mut see)?;
+        let heads = see(Stream::AttnOut, heads)?;
         let residual = self.after_attn(&residual, &heads)?;
         let normed = self.mlp_in(&residual)?;
-        tap.input(at(Stream::MlpIn), &normed)?;
-        let middle = self.mlp_mid(&normed)?;
-        tap.input(at(Stream::MlpMid), &middle)?;
-        Ok((residual, middle))
+        let out = match &self.spec.mlp {
+            MlpSpec::Moe(_) => match self.experts(&normed, output, &mut see)? {
+                Some(out) => self.add_mlp(&residual, &out)?,
+                None => return Ok(None),
+            },
+            _ => {
+                let normed = see(Stream::MlpIn, normed)?;
+                let middle = see(Stream::MlpMid, self.mlp_mid(&normed)?)?;
+                if !output {
+                    return Ok(None);
+                }
+                self.after_mlp(&residual, &middle)?
+            }
+        };
+        Ok(Some(out.reshape(shape)?))
+    }
+
+    /// The input of the feed-forward ([`Stream::MlpIn`]) that `x` `(windows, tokens, hidden)` leads to.
+    ///
+    /// # Errors
+    /// As [`Block::forward`].
+    pub fn feed_forward_input(&self, x: &Tensor, rope: &Rope) -> Result<Tensor, DecoderError> {
+        let (windows, tokens, hidden) = self.check_input(x, rope)?;
+        let residual = x.reshape((windows * tokens, hidden))?.contiguous()?;
+        let heads = self.attn_out(&self.attn_in(&residual)?, rope)?;
+        self.mlp_in(&self.after_attn(&residual, &heads)?)
     }
 
     pub(crate) fn check_input(&self, x: &Tensor, rope: &Rope) -> Result<(usize, usize, usize), DecoderError> {
@@ -208,7 +242,7 @@ impl Block {
     /// # Errors
     /// If `residual` does not fit, or the device fails.
     pub fn attn_in(&self, residual: &Tensor) -> Result<Tensor, DecoderError> {
-        self.norm(residual, &self.spec.norms.attn)
+        self.norm(residual, self.spec.norms.attn.as_ref())
     }
 
     /// The second segment: q, k, v and attention, to the input of o ([`Stream::AttnOut`]). `normed` holds whole
@@ -217,30 +251,7 @@ impl Block {
     /// # Errors
     /// If `normed` does not fit, or the device fails.
     pub fn attn_out(&self, normed: &Tensor, rope: &Rope) -> Result<Tensor, DecoderError> {
-        self.attend(normed, rope, None)
-    }
-
-    pub(crate) fn attend(
-        &self,
-        normed: &Tensor,
-        rope: &Rope,
-        kv: Option<&dyn KvTransform>,
-    ) -> Result<Tensor, DecoderError> {
-        let (rows, _) = normed.dims2()?;
-        let tokens = rope.tokens().max(1);
-        if rows == 0 || rows % tokens != 0 {
-            let reason = format!("{rows} rows are not whole windows of {tokens} tokens");
-            return Err(DecoderError::input(reason));
-        }
-        let AttnSpec::Gqa(attn) = &self.spec.attn;
-        let inputs = Inputs {
-            projections: &self.apply(Stream::AttnIn, normed)?,
-            windows: rows / tokens,
-            q_norm: self.head_norm(attn.q_norm.as_ref())?,
-            k_norm: self.head_norm(attn.k_norm.as_ref())?,
-            kv,
-        };
-        attention(&inputs, attn, rope, self.compute.is_composed())
+        self.attend(normed, rope, None, &mut |_, x| Ok(x))
     }
 
     /// The third segment: o and the residual sum, to the residual stream between attention and feed-forward.
@@ -248,7 +259,7 @@ impl Block {
     /// # Errors
     /// If the inputs do not fit, or the device fails.
     pub fn after_attn(&self, residual: &Tensor, heads: &Tensor) -> Result<Tensor, DecoderError> {
-        ops::add(residual, &self.linear(Role::O, heads)?, self.compute.is_composed())
+        self.add(residual, &self.linear(Role::O, heads)?, self.spec.norms.attn_out.as_ref())
     }
 
     /// The fourth segment: to the input of gate and up ([`Stream::MlpIn`]).
@@ -256,7 +267,7 @@ impl Block {
     /// # Errors
     /// If `residual` does not fit, or the device fails.
     pub fn mlp_in(&self, residual: &Tensor) -> Result<Tensor, DecoderError> {
-        self.norm(residual, &self.spec.norms.mlp)
+        self.norm(residual, self.spec.norms.mlp.as_ref())
     }
 
     /// The fifth segment: gate, up and the nonlinearity, to the input of down ([`Stream::MlpMid`]).
@@ -264,9 +275,18 @@ impl Block {
     /// # Errors
     /// If `normed` does not fit, or the device fails.
     pub fn mlp_mid(&self, normed: &Tensor) -> Result<Tensor, DecoderError> {
-        let MlpSpec::Gated(mlp) = &self.spec.mlp;
-        let parts: Vec<Tensor> = self.apply(Stream::MlpIn, normed)?.into_iter().map(|(_, out)| out).collect();
-        ops::gated(&parts, mlp.intermediate, mlp.activation, self.compute.is_composed())
+        let composed = self.compute.is_composed();
+        match &self.spec.mlp {
+            MlpSpec::Gated(mlp) => {
+                let parts: Vec<Tensor> = self.apply(Stream::MlpIn, normed)?.into_iter().map(|(_, out)| out).collect();
+                ops::gated(&parts, mlp.intermediate, mlp.activation, composed)
+            }
+            MlpSpec::Plain(mlp) => ops::activated(&self.linear(Role::Up, normed)?, mlp.activation, composed),
+            MlpSpec::Moe(_) => {
+                let reason = format!("block {} has experts, and was asked for one feed-forward", self.spec.index);
+                Err(DecoderError::input(reason))
+            }
+        }
     }
 
     /// The last segment: down and the residual sum, to the block's output `(windows·tokens, hidden)`.
@@ -283,28 +303,50 @@ impl Block {
     /// As [`Block::after_mlp`].
     pub fn after_mlp_with_output(&self, residual: &Tensor, middle: &Tensor) -> Result<(Tensor, Tensor), DecoderError> {
         let output = self.linear(Role::Down, middle)?;
-        Ok((ops::add(residual, &output, self.compute.is_composed())?, output))
+        Ok((self.add_mlp(residual, &output)?, output))
     }
 
-    fn norm(&self, x: &Tensor, norm: &NormSpec) -> Result<Tensor, DecoderError> {
-        ops::norm(x, norm, self.norm_weight(norm)?, self.compute.is_composed())
+    /// The block's output: what the feed-forward made, added to the residual stream.
+    ///
+    /// # Errors
+    /// If the inputs do not fit, or the device fails.
+    pub fn add_mlp(&self, residual: &Tensor, output: &Tensor) -> Result<Tensor, DecoderError> {
+        self.add(residual, output, self.spec.norms.mlp_out.as_ref())
     }
 
-    fn head_norm<'a>(&'a self, norm: Option<&'a NormSpec>) -> Result<Option<(&'a NormSpec, &'a Tensor)>, DecoderError> {
-        norm.map(|norm| Ok((norm, self.norm_weight(norm)?))).transpose()
+    /// `residual + scale · norm(output)`.
+    fn add(&self, residual: &Tensor, output: &Tensor, norm: Option<&NormSpec>) -> Result<Tensor, DecoderError> {
+        let composed = self.compute.is_composed();
+        let output = self.norm(output, norm)?;
+        ops::add(residual, &ops::scaled(&output, self.spec.residual_scale, composed)?, composed)
     }
 
-    fn norm_weight(&self, norm: &NormSpec) -> Result<&Tensor, DecoderError> {
-        self.vector(&norm.weight).ok_or_else(|| DecoderError::tensor(&norm.weight, "is not loaded"))
+    /// `x` itself without a norm.
+    fn norm(&self, x: &Tensor, norm: Option<&NormSpec>) -> Result<Tensor, DecoderError> {
+        match norm {
+            Some(norm) => self.tensors_of(norm)?.apply(x, self.compute.is_composed()),
+            None => Ok(x.contiguous()?),
+        }
     }
 
-    fn linear(&self, role: Role, x: &Tensor) -> Result<Tensor, DecoderError> {
+    /// A norm with its tensors.
+    pub(crate) fn tensors_of<'a>(&'a self, spec: &'a NormSpec) -> Result<Norm<'a>, DecoderError> {
+        let bias = spec.bias.as_ref().map(|bias| self.plain(bias)).transpose()?;
+        Ok(Norm { spec, weight: self.plain(&spec.weight)?, bias })
+    }
+
+    /// A tensor that is not a linear's.
+    pub(crate) fn plain(&self, tensor: &str) -> Result<&Tensor, DecoderError> {
+        self.vector(tensor).ok_or_else(|| DecoderError::tensor(tensor, "is not loaded"))
+    }
+
+    pub(crate) fn linear(&self, role: Role, x: &Tensor) -> Result<Tensor, DecoderError> {
         let linear = self.linears.get(&role).ok_or_else(|| no_linear(self.spec.index, role))?;
         ops::linear(x, &linear.weight, linear.bias.as_ref(), self.compute.is_composed())
     }
 
     /// All linears that read `stream`, in order.
-    fn apply(&self, stream: Stream, x: &Tensor) -> Result<Vec<(Role, Tensor)>, DecoderError> {
+    pub(crate) fn apply(&self, stream: Stream, x: &Tensor) -> Result<Vec<(Role, Tensor)>, DecoderError> {
         let sites = self.spec.sites.iter().filter(|site| site.input.stream == stream);
         sites.map(|site| Ok((site.id.role, self.linear(site.id.role, x)?))).collect()
     }
@@ -326,19 +368,6 @@ pub(crate) fn load(
         return Err(DecoderError::tensor(name, format!("has shape {found:?}, wanted {wanted:?}")));
     }
     Ok(Tensor::from_vec(values, wanted, device)?)
-}
-
-/// The weight `[width]` of a norm.
-pub(crate) fn load_norm(
-    source: &dyn WeightSource,
-    norm: &NormSpec,
-    width: usize,
-    device: &Device,
-) -> Result<Tensor, DecoderError> {
-    match &norm.bias {
-        None => load(source, &norm.weight, &[width], device),
-        Some(bias) => Err(DecoderError::tensor(bias, "norms with a bias are not implemented")),
-    }
 }
 
 /// `new`, contiguous and on the device of `old`, if it can stand in for it.

@@ -1,6 +1,7 @@
 use candle_core::Tensor;
 
 use crate::attention::{Inputs, composed};
+use crate::spec::LATENT_ATTENTION;
 use crate::{AttnSpec, Block, DecoderError, MlpSpec, NormSpec, Role, Rope, Stream, ops};
 
 impl Block {
@@ -18,36 +19,58 @@ impl Block {
         }
         let spec = self.spec();
         let residual = x.reshape((windows * tokens, hidden))?;
-        let normed = self.norm_differentiable(&residual, &spec.norms.attn)?;
-        let AttnSpec::Gqa(attn) = &spec.attn;
+        let normed = self.norm_differentiable(&residual, spec.norms.attn.as_ref())?;
+        let AttnSpec::Gqa(attn) = &spec.attn else {
+            return Err(DecoderError::Unimplemented {
+                block: spec.index,
+                part: LATENT_ATTENTION,
+                what: "gradients are",
+                instead: "quantize without tuning",
+            });
+        };
         let inputs = Inputs {
             projections: &self.project(Stream::AttnIn, &normed)?,
             windows,
-            q_norm: attn.q_norm.as_ref().map(|norm| self.weight_of(norm).map(|w| (norm, w))).transpose()?,
-            k_norm: attn.k_norm.as_ref().map(|norm| self.weight_of(norm).map(|w| (norm, w))).transpose()?,
+            q_norm: attn.q_norm.as_ref().map(|norm| self.tensors_of(norm)).transpose()?,
+            k_norm: attn.k_norm.as_ref().map(|norm| self.tensors_of(norm)).transpose()?,
             kv: None,
         };
         let heads = composed(&inputs, attn, rope)?;
-        let residual = (residual + self.linear_differentiable(Role::O, &heads)?)?;
-        let normed = self.norm_differentiable(&residual, &spec.norms.mlp)?;
-        let MlpSpec::Gated(mlp) = &spec.mlp;
+        let residual = self.add_differentiable(residual, Role::O, &heads, spec.norms.attn_out.as_ref())?;
+        let normed = self.norm_differentiable(&residual, spec.norms.mlp.as_ref())?;
         let parts = self.project(Stream::MlpIn, &normed)?;
-        let middle = match parts.as_slice() {
-            [(_, both)] => ops::gated_composed(both, both, mlp.intermediate, mlp.intermediate)?,
-            [(_, gate), (_, up)] => ops::gated_composed(gate, up, 0, mlp.intermediate)?,
+        let middle = match (&spec.mlp, parts.as_slice()) {
+            (MlpSpec::Gated(mlp), [(_, both)]) => {
+                ops::gated_composed(both, both, mlp.intermediate, mlp.intermediate, mlp.activation)?
+            }
+            (MlpSpec::Gated(mlp), [(_, gate), (_, up)]) => {
+                ops::gated_composed(gate, up, 0, mlp.intermediate, mlp.activation)?
+            }
+            (MlpSpec::Plain(mlp), [(_, up)]) => ops::activated_composed(up, mlp.activation)?,
+            (MlpSpec::Moe(_), _) => {
+                let reason = format!("block {} has experts, which have no gradients here", spec.index);
+                return Err(DecoderError::input(reason));
+            }
             _ => return Err(DecoderError::input(format!("{} gate and up projections, wanted 1 or 2", parts.len()))),
         };
-        let out = (residual + self.linear_differentiable(Role::Down, &middle)?)?;
+        let out = self.add_differentiable(residual, Role::Down, &middle, spec.norms.mlp_out.as_ref())?;
         Ok(out.reshape((windows, tokens, hidden))?)
     }
 
-    fn norm_differentiable(&self, x: &Tensor, norm: &NormSpec) -> Result<Tensor, DecoderError> {
-        let crate::NormKind::Rms = norm.kind;
-        ops::norm_composed(x, norm, self.weight_of(norm)?)
+    /// `residual + scale · norm(linear(x))`.
+    fn add_differentiable(
+        &self,
+        residual: Tensor,
+        role: Role,
+        x: &Tensor,
+        norm: Option<&NormSpec>,
+    ) -> Result<Tensor, DecoderError> {
+        let output = self.norm_differentiable(&self.linear_differentiable(role, x)?, norm)?;
+        Ok((residual + (output * f64::from(self.spec().residual_scale))?)?)
     }
 
-    fn weight_of(&self, norm: &NormSpec) -> Result<&Tensor, DecoderError> {
-        self.vector(&norm.weight).ok_or_else(|| DecoderError::tensor(&norm.weight, "is not loaded"))
+    fn norm_differentiable(&self, x: &Tensor, norm: Option<&NormSpec>) -> Result<Tensor, DecoderError> {
+        norm.map_or_else(|| Ok(x.clone()), |norm| self.tensors_of(norm)?.composed(x))
     }
 
     fn linear_differentiable(&self, role: Role, x: &Tensor) -> Result<Tensor, DecoderError> {

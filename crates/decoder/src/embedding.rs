@@ -7,6 +7,7 @@ use crate::{DecoderError, DecoderSpec, WeightSource};
 pub struct Embedding {
     hidden: usize,
     vocab: usize,
+    scale: f32,
     device: Device,
     rows: Rows,
 }
@@ -27,7 +28,7 @@ impl Embedding {
     pub fn load(spec: &DecoderSpec, source: &dyn WeightSource, device: &Device) -> Result<Self, DecoderError> {
         let (shape, table) = source.load(&spec.embed.weight)?;
         Self::check(spec, shape == [spec.vocab, spec.hidden], || format!("has shape {shape:?}"))?;
-        Ok(Self { hidden: spec.hidden, vocab: spec.vocab, device: device.clone(), rows: Rows::All(table) })
+        Ok(Self::new(spec, Rows::All(table), device))
     }
 
     /// Reads only the rows of the tokens in `windows`, so that memory grows with the text's vocabulary and
@@ -50,8 +51,11 @@ impl Embedding {
         let table = source.rows(&spec.embed.weight, &ids)?;
         let wanted = ids.len() * spec.hidden;
         Self::check(spec, table.len() == wanted, || format!("gave {} values for {} rows", table.len(), ids.len()))?;
-        let rows = Rows::Some { ids, table };
-        Ok(Self { hidden: spec.hidden, vocab: spec.vocab, device: device.clone(), rows })
+        Ok(Self::new(spec, Rows::Some { ids, table }, device))
+    }
+
+    fn new(spec: &DecoderSpec, rows: Rows, device: &Device) -> Self {
+        Self { hidden: spec.hidden, vocab: spec.vocab, scale: spec.embed.scale, device: device.clone(), rows }
     }
 
     fn check(spec: &DecoderSpec, fits: bool, found: impl FnOnce() -> String) -> Result<(), DecoderError> {
@@ -80,7 +84,7 @@ impl Embedding {
         }
         let mut out = Vec::with_capacity(windows.len() * tokens * self.hidden);
         for &id in windows.iter().flatten() {
-            out.extend_from_slice(self.row(id)?);
+            out.extend(self.row(id)?.iter().map(|v| v * self.scale));
         }
         Ok(Tensor::from_vec(out, (windows.len(), tokens, self.hidden), &self.device)?)
     }

@@ -1,6 +1,6 @@
 use candle_core::Tensor;
 
-use crate::{Block, DecoderError, InputId, KvTransform, Rope, Stream, with_cpu_slice};
+use crate::{Block, DecoderError, InputId, KvTransform, Rope, with_cpu_slice};
 
 /// What an engine makes of the inputs of linears before it multiplies: quantized activations.
 pub trait InputTransform: Sync {
@@ -24,20 +24,13 @@ impl Block {
         inputs: Option<&dyn InputTransform>,
         kv: Option<&dyn KvTransform>,
     ) -> Result<Tensor, DecoderError> {
-        let (windows, tokens, hidden) = self.check_input(x, rope)?;
-        let seen = |stream, x: Tensor| -> Result<Tensor, DecoderError> {
+        let out = self.run(x, rope, kv, true, &mut |at, x| {
             let Some(inputs) = inputs else { return Ok(x) };
             let mut values = with_cpu_slice(&x, <[f32]>::to_vec)?;
-            inputs.apply(InputId { block: self.spec().index, stream }, &mut values, x.dim(1)?)?;
+            inputs.apply(at, &mut values, x.dim(1)?)?;
             Ok(Tensor::from_vec(values, x.dims(), x.device())?)
-        };
-        let residual = x.reshape((windows * tokens, hidden))?.contiguous()?;
-        let normed = seen(Stream::AttnIn, self.attn_in(&residual)?)?;
-        let heads = seen(Stream::AttnOut, self.attend(&normed, rope, kv)?)?;
-        let residual = self.after_attn(&residual, &heads)?;
-        let normed = seen(Stream::MlpIn, self.mlp_in(&residual)?)?;
-        let middle = seen(Stream::MlpMid, self.mlp_mid(&normed)?)?;
-        Ok(self.after_mlp(&residual, &middle)?.reshape((windows, tokens, hidden))?)
+        })?;
+        out.ok_or_else(|| DecoderError::input("a block gave no output"))
     }
 
     /// Shows `kv` the keys and values that `x` makes, without running the rest of the block.
@@ -47,7 +40,7 @@ impl Block {
     pub fn cached(&self, x: &Tensor, rope: &Rope, kv: &dyn KvTransform) -> Result<(), DecoderError> {
         let (windows, tokens, hidden) = self.check_input(x, rope)?;
         let residual = x.reshape((windows * tokens, hidden))?.contiguous()?;
-        self.attend(&self.attn_in(&residual)?, rope, Some(kv)).map(drop)
+        self.attend(&self.attn_in(&residual)?, rope, Some(kv), &mut |_, x| Ok(x)).map(drop)
     }
 }
 
@@ -56,7 +49,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
-    use crate::{CheckpointSource, DecoderSpec, KvPart, NoTap};
+    use crate::{CheckpointSource, DecoderSpec, KvPart, NoTap, Stream};
 
     /// Multiplies the input of one stream.
     struct Scaled(Stream, f32);

@@ -90,14 +90,39 @@ pub enum DecoderError {
     },
     /// The checkpoint holds more blocks than config.json says.
     #[error(
-        "the checkpoint holds `{tensor}`, but `num_hidden_layers` is {layers}, so blocks end at {}; config.json belongs to another model, or the checkpoint is damaged",
-        layers.saturating_sub(1)
+        "the checkpoint holds `{tensor}`, but `num_hidden_layers` is {layers}{}, so blocks end at {}; config.json belongs to another model, or the checkpoint is damaged",
+        if *mtp > 0 { format!(" and `num_nextn_predict_layers` is {mtp}") } else { String::new() },
+        layers.saturating_add(*mtp).saturating_sub(1)
     )]
     ExtraBlock {
         /// A tensor of the first block that should not exist.
         tensor: String,
         /// `num_hidden_layers`.
         layers: usize,
+        /// Layers of multi-token prediction behind them.
+        mtp: usize,
+    },
+    /// The checkpoint holds more experts than config.json says.
+    #[error(
+        "the checkpoint holds `{tensor}`, but config.json says that a layer has {experts} experts (`num_experts`, `num_local_experts` or `n_routed_experts`); it belongs to another model, or the checkpoint is damaged"
+    )]
+    ExtraExpert {
+        /// A tensor of the first expert that should not exist.
+        tensor: String,
+        /// Experts of a layer.
+        experts: usize,
+    },
+    /// A part of a block that runs forward, but that something asked for does not know.
+    #[error("block {block} has {part}, for which {what} not implemented; {instead}")]
+    Unimplemented {
+        /// Block index.
+        block: usize,
+        /// The part, such as `experts`.
+        part: &'static str,
+        /// What was asked for, with its verb.
+        what: &'static str,
+        /// What to do instead.
+        instead: &'static str,
     },
     /// A tensor cannot be read, or is not what was asked for.
     #[error("tensor `{tensor}`: {reason}")]
@@ -132,7 +157,9 @@ impl DecoderError {
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::UnsupportedConfig { .. } | Self::UnknownArchitecture { .. } => ErrorKind::Unsupported,
+            Self::UnsupportedConfig { .. } | Self::UnknownArchitecture { .. } | Self::Unimplemented { .. } => {
+                ErrorKind::Unsupported
+            }
             Self::Candle(_) | Self::Device { .. } => ErrorKind::Resources,
             Self::Model(error) => match error.kind() {
                 lite_model::ErrorKind::Input => ErrorKind::Input,

@@ -3,8 +3,10 @@
 
 use rayon::prelude::*;
 
+use crate::RopePairing;
+
 /// Values that one task handles: large enough to hide the cost of a task, small enough for the L2 cache.
-const TASK: usize = 1 << 15;
+pub(crate) const TASK: usize = 1 << 15;
 /// Partial sums of a reduction; a multiple of every vector width.
 const LANES: usize = 32;
 
@@ -27,6 +29,7 @@ macro_rules! simd_fn {
         }
     };
 }
+pub(crate) use simd_fn;
 
 /// e^x within 2 units in the last place for results that are normal numbers; results below 2⁻¹²⁶ or above
 /// 2.4e38 are held there. NaN stays NaN.
@@ -103,8 +106,18 @@ fn rms_norm_row(out: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
     }
 }
 
+#[inline(always)]
+fn layer_norm_row(out: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32], eps: f32) {
+    let mean = sum_by(x, |v| v) / x.len() as f32;
+    let variance = sum_by(x, |v| (v - mean) * (v - mean)) / x.len() as f32;
+    let factor = 1.0 / (variance + eps).sqrt();
+    for (((o, v), w), b) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+        *o = w * ((v - mean) * factor) + b;
+    }
+}
+
 /// Rows of `width` values per task.
-fn rows_per_task(width: usize) -> usize {
+pub(crate) fn rows_per_task(width: usize) -> usize {
     (TASK / width.max(1)).max(1)
 }
 
@@ -126,6 +139,23 @@ pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
 }
 
 simd_fn! {
+    fn layer_norm_rows<'a>(out: &'a mut [f32], x: &'a [f32], weight: &'a [f32], bias: &'a [f32], eps: f32) {
+        let width = weight.len();
+        for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+            layer_norm_row(out, x, weight, bias, eps);
+        }
+    }
+}
+
+/// `w · (x − mean(x)) / sqrt(var(x) + eps) + b` for each row of `x` (`(rows, weight.len())`).
+pub(crate) fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32) -> Vec<f32> {
+    let mut out = vec![0f32; x.len()];
+    let task = rows_per_task(weight.len()) * weight.len().max(1);
+    out.par_chunks_mut(task).zip(x.par_chunks(task)).for_each(|(out, x)| layer_norm_rows(out, x, weight, bias, eps));
+    out
+}
+
+simd_fn! {
     fn add_slices<'a>(out: &'a mut [f32], a: &'a [f32], b: &'a [f32]) {
         for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
             *o = a + b;
@@ -138,6 +168,14 @@ pub(crate) fn add(a: &[f32], b: &[f32]) -> Vec<f32> {
     let mut out = vec![0f32; a.len()];
     let tasks = out.par_chunks_mut(TASK).zip(a.par_chunks(TASK)).zip(b.par_chunks(TASK));
     tasks.for_each(|((out, a), b)| add_slices(out, a, b));
+    out
+}
+
+/// `x · factor`.
+pub(crate) fn scaled(x: &[f32], factor: f32) -> Vec<f32> {
+    let mut out = vec![0f32; x.len()];
+    let tasks = out.par_chunks_mut(TASK).zip(x.par_chunks(TASK));
+    tasks.for_each(|(out, x)| out.iter_mut().zip(x).for_each(|(o, v)| *o = v * factor));
     out
 }
 
@@ -157,27 +195,6 @@ pub(crate) fn add_row(x: &mut [f32], row: &[f32]) {
     x.par_chunks_mut(task).for_each(|x| add_row_to_all(x, row));
 }
 
-simd_fn! {
-    fn silu_mul_rows<'a>(out: &'a mut [f32], gate: &'a [f32], up: &'a [f32], width: usize, stride: usize) {
-        let rows = gate.chunks(stride).zip(up.chunks(stride));
-        for (out, (gate, up)) in out.chunks_exact_mut(width).zip(rows) {
-            for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
-                *o = g / (1.0 + exp(-g)) * u;
-            }
-        }
-    }
-}
-
-/// `silu(gate) · up` for `rows` rows of `width` values; row `r` of each starts at `r · stride` of its slice.
-pub(crate) fn silu_mul(gate: &[f32], up: &[f32], rows: usize, width: usize, stride: usize) -> Vec<f32> {
-    let mut out = vec![0f32; rows * width];
-    let task = rows_per_task(width);
-    let inputs = gate.par_chunks(task * stride).zip(up.par_chunks(task * stride));
-    let tasks = out.par_chunks_mut(task * width).zip(inputs);
-    tasks.for_each(|(out, (gate, up))| silu_mul_rows(out, gate, up, width, stride));
-    out
-}
-
 /// Heads inside the rows of a projection: head `h` of row `r` is `data[r · stride + columns[h]..][..dim]`.
 #[derive(Clone, Copy)]
 pub(crate) struct Heads<'a> {
@@ -194,6 +211,7 @@ pub(crate) struct Rotation<'a> {
     pub(crate) sin: &'a [f32],
     pub(crate) half: usize,
     pub(crate) tokens: usize,
+    pub(crate) pairing: RopePairing,
 }
 
 simd_fn! {
@@ -215,9 +233,18 @@ simd_fn! {
                     Some((weight, eps)) => rms_norm_row(out, x, weight, eps),
                     None => out.copy_from_slice(x),
                 }
-                let (low, high) = out[..2 * half].split_at_mut(half);
-                for (((a, b), c), s) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-                    (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+                match rotation.pairing {
+                    RopePairing::Halves => {
+                        let (low, high) = out[..2 * half].split_at_mut(half);
+                        for (((a, b), c), s) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                            (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+                        }
+                    }
+                    RopePairing::Neighbours => {
+                        for ((pair, c), s) in out[..2 * half].chunks_exact_mut(2).zip(cos).zip(sin) {
+                            (pair[0], pair[1]) = (pair[0] * c - pair[1] * s, pair[1] * c + pair[0] * s);
+                        }
+                    }
                 }
             }
         }
@@ -252,6 +279,18 @@ simd_fn! {
                 *value = exp(*value - largest);
             }
             *scale = 1.0 / sum_by(row, |v| v);
+        }
+    }
+}
+
+simd_fn! {
+    /// Turns each value inside its row's span into `cap · tanh(value / cap)`; rows of `keys` values.
+    pub(crate) fn softcap_rows<'a>(scores: &'a mut [f32], keys: usize, spans: &'a [(usize, usize)], cap: f32) {
+        let twice = 2.0 / cap;
+        for (row, (start, end)) in scores.chunks_exact_mut(keys).zip(spans) {
+            for value in &mut row[*start..*end] {
+                *value = cap - 2.0 * cap / (1.0 + exp(*value * twice));
+            }
         }
     }
 }
@@ -302,7 +341,6 @@ mod tests {
         fn rows_agree_with_the_definitions(rows in 1usize..40, width in 1usize..150, seed in any::<u32>()) {
             let (x, y, w) = (values(rows * width, seed), values(rows * width, seed ^ 77), values(width, seed ^ 5));
             let normed = rms_norm(&x, &w, 0.01);
-            let gated = silu_mul(&x, &y, rows, width, width);
             let sum = add(&x, &y);
             let mut biased = x.clone();
             add_row(&mut biased, &w);
@@ -313,8 +351,6 @@ mod tests {
                     let i = r * width + c;
                     let wanted = f64::from(w[c]) * row[c] / (mean + f64::from(0.01f32)).sqrt();
                     prop_assert!((f64::from(normed[i]) - wanted).abs() <= 2e-6 * wanted.abs().max(1e-3));
-                    let wanted = row[c] / (1.0 + (-row[c]).exp()) * f64::from(y[i]);
-                    prop_assert!((f64::from(gated[i]) - wanted).abs() <= 1e-6 * wanted.abs().max(1e-3));
                     prop_assert_eq!(sum[i], x[i] + y[i]);
                     prop_assert_eq!(biased[i], x[i] + w[c]);
                 }
@@ -336,8 +372,22 @@ mod tests {
     }
 
     #[test]
+    fn capped_scores_stay_in_their_span() {
+        let scores = values(70, 9);
+        let mut out = scores.clone();
+        softcap_rows(&mut out, 35, &[(3, 30), (0, 35)], 2.5);
+        for (i, (found, score)) in out.iter().zip(&scores).enumerate() {
+            let inside = i >= 35 || (3..30).contains(&i);
+            let wanted = if inside { 2.5 * (f64::from(*score) / 2.5).tanh() } else { f64::from(*score) };
+            assert!((f64::from(*found) - wanted).abs() < 1e-6, "{i}: {found} {wanted}");
+        }
+        let mut far = [f32::MAX, f32::MIN, f32::NAN];
+        softcap_rows(&mut far, 3, &[(0, 3)], 50.0);
+        assert!(far[0] == 50.0 && far[1] == -50.0 && far[2].is_nan());
+    }
+
+    #[test]
     fn undefined_values_are_not_hidden() {
-        assert!(silu_mul(&[f32::NAN], &[1.0], 1, 1, 1)[0].is_nan());
         let (mut scores, mut scale) = ([0.0, f32::NAN, 1.0], [0f32]);
         softmax_rows(&mut scores, 3, &[(0, 3)], &mut scale);
         assert!(scale[0].is_nan());

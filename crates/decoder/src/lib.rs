@@ -15,6 +15,7 @@
 //! This crate knows nothing about quantization, files' bytes or calibration data.
 #![forbid(unsafe_code)]
 
+mod activations;
 mod attention;
 mod block;
 mod compute;
@@ -26,6 +27,9 @@ mod gpu;
 mod head;
 mod kernels;
 mod kv;
+mod mla;
+mod moe;
+mod norm;
 mod ops;
 mod rope;
 mod source;
@@ -41,12 +45,14 @@ pub use gpu::{Gpu, gpus};
 pub use head::{FinalNorm, Head};
 pub use kernels::exp;
 pub use kv::{KvPart, KvTransform};
+pub use moe::{Routing, gather, scatter};
 pub use ops::with_cpu_slice;
-pub use rope::Rope;
+pub use rope::{Rope, RopeTables};
 pub use source::{CheckpointSource, WeightSource};
 pub use spec::{
     Activation, AttnSpec, BlockNorms, BlockSpec, DecoderSpec, EmbedSpec, FAMILIES, FamilyInfo, Fold, GateUpLayout,
-    GatedSpec, GqaSpec, HeadSpec, InputId, MlpSpec, NormKind, NormSpec, Producer, QkvLayout, Role, RopeScaling,
-    RopeSpec, Site, SiteId, Stream, TensorNeed,
+    GatedSpec, GqaSpec, HeadSpec, InputId, LATENT_ATTENTION, LatentSpec, MlaSpec, MlpSpec, MoeSpec, NormKind, NormSpec,
+    Part, PlainSpec, Producer, QkvLayout, Role, RopePairing, RopeScaling, RopeSpec, RouterSpec, Scoring, SharedSpec,
+    Site, SiteId, Stream, TensorNeed, WRAPPERS, WrapperInfo,
 };
 pub use tap::{NoTap, Tap};

@@ -1,9 +1,9 @@
 //! The few operations of a block on tensors: fused kernels on the CPU, or composed candle operations on any device.
 
-use candle_core::{D, DType, Device, Storage, Tensor};
+use candle_core::{DType, Device, Storage, Tensor};
 use lite_linalg::{Mat, Threads, gemm};
 
-use crate::{Activation, DecoderError, NormSpec, kernels};
+use crate::{Activation, DecoderError, activations, kernels};
 
 /// Calls `f` with the values of `x` (f32) in row-major order. Copies only what is not contiguous on the CPU.
 ///
@@ -25,24 +25,6 @@ pub fn with_cpu_slice<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R, D
         (Storage::Cpu(storage), Some((start, end))) => Ok(f(&storage.as_slice::<f32>()?[start..end])),
         _ => Err(DecoderError::input("a tensor could not be brought to the CPU as one slice")),
     }
-}
-
-/// Normalises the rows of `x` (`(rows, width)`).
-pub(crate) fn norm(x: &Tensor, spec: &NormSpec, weight: &Tensor, composed: bool) -> Result<Tensor, DecoderError> {
-    // The one kind there is.
-    let crate::NormKind::Rms = spec.kind;
-    if !composed {
-        let out = with_cpu_slice(x, |x| with_cpu_slice(weight, |weight| kernels::rms_norm(x, weight, spec.eps)))??;
-        return Ok(Tensor::from_vec(out, x.shape(), x.device())?);
-    }
-    norm_composed(x, spec, weight)
-}
-
-/// [`norm`] over the last dimension, of any rank, by candle operations.
-pub(crate) fn norm_composed(x: &Tensor, spec: &NormSpec, weight: &Tensor) -> Result<Tensor, DecoderError> {
-    let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
-    let factor = (mean + f64::from(spec.eps))?.sqrt()?.recip()?;
-    Ok(x.broadcast_mul(&factor)?.broadcast_mul(weight)?)
 }
 
 /// `x · weightᵀ + bias`: `(rows, in)`, `[out, in]` and `[out]` to `(rows, out)`.
@@ -76,6 +58,18 @@ pub(crate) fn linear(
     Ok(Tensor::from_vec(out, (rows, out_features), x.device())?)
 }
 
+/// `x · factor`.
+pub(crate) fn scaled(x: &Tensor, factor: f32, composed: bool) -> Result<Tensor, DecoderError> {
+    if factor == 1.0 {
+        return Ok(x.clone());
+    }
+    if composed {
+        return Ok((x * f64::from(factor))?);
+    }
+    let out = with_cpu_slice(x, |x| kernels::scaled(x, factor))?;
+    Ok(Tensor::from_vec(out, x.shape(), x.device())?)
+}
+
 /// `a + b`, of one shape.
 pub(crate) fn add(a: &Tensor, b: &Tensor, composed: bool) -> Result<Tensor, DecoderError> {
     if composed {
@@ -92,31 +86,53 @@ pub(crate) fn gated(
     activation: Activation,
     composed: bool,
 ) -> Result<Tensor, DecoderError> {
-    let Activation::Silu = activation;
     let (gate, up, start) = match parts {
         [both] => (both, both, width),
         [gate, up] => (gate, up, 0),
         _ => return Err(DecoderError::input(format!("{} gate and up projections, wanted 1 or 2", parts.len()))),
     };
     if composed {
-        return gated_composed(gate, up, start, width);
+        return gated_composed(gate, up, start, width, activation);
     }
     let (rows, stride) = gate.dims2()?;
     let out = with_cpu_slice(gate, |gate| {
-        with_cpu_slice(up, |up| kernels::silu_mul(gate, &up[start..], rows, width, stride))
+        with_cpu_slice(up, |up| activations::gated(activation, gate, &up[start..], rows, width, stride))
     })??;
     Ok(Tensor::from_vec(out, (rows, width), parts[0].device())?)
 }
 
 /// [`gated`] by candle operations: the gate from column 0, up from column `start`.
-pub(crate) fn gated_composed(gate: &Tensor, up: &Tensor, start: usize, width: usize) -> Result<Tensor, DecoderError> {
-    Ok((gate.narrow(1, 0, width)?.silu()? * up.narrow(1, start, width)?)?.contiguous()?)
+pub(crate) fn gated_composed(
+    gate: &Tensor,
+    up: &Tensor,
+    start: usize,
+    width: usize,
+    activation: Activation,
+) -> Result<Tensor, DecoderError> {
+    Ok((activated_composed(&gate.narrow(1, 0, width)?, activation)? * up.narrow(1, start, width)?)?.contiguous()?)
+}
+
+/// `activation(x)`.
+pub(crate) fn activated(x: &Tensor, activation: Activation, composed: bool) -> Result<Tensor, DecoderError> {
+    if composed {
+        return activated_composed(x, activation);
+    }
+    let out = with_cpu_slice(x, |x| activations::activated(activation, x))?;
+    Ok(Tensor::from_vec(out, x.shape(), x.device())?)
+}
+
+/// [`activated`] by candle operations.
+pub(crate) fn activated_composed(x: &Tensor, activation: Activation) -> Result<Tensor, DecoderError> {
+    Ok(match activation {
+        Activation::Silu => x.silu()?,
+        // candle's `gelu` is the one with tanh.
+        Activation::GeluTanh => x.gelu()?,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::NormKind;
 
     fn random(rows: usize, columns: usize) -> Tensor {
         Tensor::randn(0f32, 1.5, (rows, columns), &Device::Cpu).unwrap()
@@ -129,18 +145,15 @@ mod tests {
     #[test]
     fn composed_operations_agree_with_the_kernels() {
         let x = random(7, 48);
-        let weight = random(1, 48).squeeze(0).unwrap();
-        let spec = NormSpec { weight: String::new(), bias: None, eps: 1e-5, kind: NormKind::Rms };
-        let difference =
-            largest_difference(&norm(&x, &spec, &weight, false).unwrap(), &norm(&x, &spec, &weight, true).unwrap());
-        assert!(difference < 1e-5, "{difference}");
-
-        let stacked = gated(std::slice::from_ref(&x), 24, Activation::Silu, false).unwrap();
         let parts = [0, 24].map(|start| x.narrow(1, start, 24).unwrap().contiguous().unwrap());
-        assert_eq!(largest_difference(&stacked, &gated(&parts, 24, Activation::Silu, false).unwrap()), 0.0);
-        assert!(
-            largest_difference(&stacked, &gated(std::slice::from_ref(&x), 24, Activation::Silu, true).unwrap()) < 1e-5
-        );
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            let stacked = gated(std::slice::from_ref(&x), 24, activation, false).unwrap();
+            assert_eq!(largest_difference(&stacked, &gated(&parts, 24, activation, false).unwrap()), 0.0);
+            let composed = gated(std::slice::from_ref(&x), 24, activation, true).unwrap();
+            assert!(largest_difference(&stacked, &composed) < 1e-5, "{activation:?}");
+            let by_hand = (activated(&parts[0], activation, false).unwrap() * &parts[1]).unwrap();
+            assert!(largest_difference(&stacked, &by_hand) < 1e-6, "{activation:?}");
+        }
 
         let w = random(5, 48);
         let bias = random(1, 5).squeeze(0).unwrap();

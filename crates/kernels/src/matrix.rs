@@ -161,6 +161,23 @@ impl Matrix {
         }
     }
 
+    /// [`bytes`](Self::bytes) of a matrix that is not made yet: `[rows, cols]` of `kind`; of codes with `groups` groups
+    /// in a row.
+    pub fn bytes_of(kind: ElementType, rows: usize, cols: usize, groups: usize) -> u64 {
+        let padded = cols.div_ceil(BLOCK).saturating_mul(BLOCK);
+        let per_row = |bits: u64| (padded as u64).saturating_mul(bits) / 8;
+        // A scale and a zero point for each group, also for those of the padding.
+        let width = cols.div_ceil(groups.max(1)).max(1);
+        let count = if groups <= 1 { 1 } else { padded.div_ceil(width) as u64 };
+        let row = match kind {
+            ElementType::F32 => per_row(32),
+            ElementType::Bf16 | ElementType::F16 => per_row(16),
+            ElementType::Int8 => per_row(8).saturating_add(5 * count),
+            ElementType::Int4 => per_row(4).saturating_add(5 * count),
+        };
+        row.saturating_mul(rows as u64)
+    }
+
     pub(crate) fn storage(&self) -> &Storage {
         &self.storage
     }

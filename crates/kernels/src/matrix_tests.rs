@@ -58,6 +58,7 @@ proptest! {
             prop_assert_eq!(matrix.element_type(), [ElementType::F32, ElementType::Bf16, ElementType::F16][kind as usize]);
         }
         let weights: Vec<f64> = values.iter().map(|v| f64::from(*v)).collect();
+        prop_assert_eq!(Matrix::bytes_of(matrix.element_type(), rows, cols, 1), matrix.bytes() as u64);
         check_products(&matrix, &weights, &vector(vectors * cols, seed ^ 7), vectors);
     }
 
@@ -81,6 +82,7 @@ proptest! {
         let scales: Vec<f32> = vector(rows * groups, seed ^ 3).into_iter().map(|v| v.abs() + 0.01).collect();
         let matrix = Matrix::from_codes(bits, rows, cols, &codes, &scales, &zeros).unwrap();
         prop_assert_eq!(matrix.element_type(), if bits <= 4 { ElementType::Int4 } else { ElementType::Int8 });
+        prop_assert_eq!(Matrix::bytes_of(matrix.element_type(), rows, cols, groups), matrix.bytes() as u64);
         let weights: Vec<f64> = (0..rows * cols)
             .map(|i| {
                 let group = i / cols * groups + i % cols / (cols / groups);

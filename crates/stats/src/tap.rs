@@ -51,6 +51,11 @@ impl BlockStats {
         self.inputs.get(&input)
     }
 
+    /// Puts other finished statistics in the place of those of one input.
+    pub fn replace(&mut self, input: InputId, stats: InputStats) {
+        self.inputs.insert(input, stats);
+    }
+
     /// All inputs, in order.
     pub fn iter(&self) -> impl Iterator<Item = (&InputId, &InputStats)> {
         self.inputs.iter()
@@ -66,14 +71,13 @@ pub struct StatsTap {
 impl StatsTap {
     /// Room for every input of `block`.
     pub fn new(block: &BlockSpec) -> Self {
-        let inputs = block.sites.iter().map(|site| (site.input, InputStats::new(site.in_features))).collect();
+        let inputs = block.inputs().into_iter().map(|(input, width)| (input, InputStats::new(width))).collect();
         Self { stats: BlockStats { inputs } }
     }
 
     /// Bytes of the Gram matrices that [`StatsTap::new`] allocates for `block`.
     pub fn gram_bytes(block: &BlockSpec) -> u64 {
-        let widths: BTreeMap<InputId, u64> = block.sites.iter().map(|s| (s.input, s.in_features as u64)).collect();
-        widths.values().map(|k| k * k * 4).sum()
+        block.inputs().values().map(|k| (*k as u64).pow(2) * 4).sum()
     }
 
     /// The finished statistics.

@@ -3,7 +3,7 @@
 use lite_linalg::{Mat, Threads, gemm_into};
 use rayon::prelude::*;
 
-use crate::kernels::{Softmax, attention_gradient, softmax};
+use crate::kernels::{Softmax, attention_gradient, softcap, softcap_gradient, softmax};
 
 /// Queries per tile: large enough for matrix products at full speed, small enough that scores stay in the L2 cache
 /// and little is computed above the diagonal.
@@ -25,6 +25,8 @@ pub(crate) struct Heads<'a> {
     /// Keys that a query sees, itself included; `None`: all before it.
     pub(crate) window: Option<usize>,
     pub(crate) scale: f32,
+    /// Scores become `cap · tanh(score / cap)`.
+    pub(crate) softcap: Option<f32>,
 }
 
 /// A tile of queries: positions `[first, end)` see keys from `start` on.
@@ -41,6 +43,8 @@ struct Tile {
 struct Scratch {
     scores: Vec<f32>,
     slopes: Vec<f32>,
+    /// Scores behind their cap, where there is one.
+    capped: Vec<f32>,
 }
 
 impl<'a> Heads<'a> {
@@ -63,7 +67,7 @@ impl<'a> Heads<'a> {
         Mat::window(self.projection, start, to - from, self.dim, self.stride)
     }
 
-    /// `scale · q · kᵀ` of one head and tile of the window that starts at `row`.
+    /// `scale · q · kᵀ`, capped, of one head and tile of the window that starts at `row`.
     fn scores(&self, out: &mut Vec<f32>, tile: &Tile, row: usize, head: usize) {
         let (count, keys) = (tile.end - tile.first, tile.end - tile.start);
         out.resize(count * keys, 0.0);
@@ -71,6 +75,9 @@ impl<'a> Heads<'a> {
         let kv = head / (self.heads / self.kv_heads);
         let k = self.head(self.k, self.kv_heads, kv, row + tile.start, row + tile.end);
         gemm_into(out, keys, 0.0, self.scale, q, k.t(), Threads::One);
+        if let Some(cap) = self.softcap {
+            softcap(out, keys, &tile.spans, cap);
+        }
     }
 
     /// The heads' outputs `(rows, heads·dim)` into `out`, and a note per row and head into `notes`.
@@ -132,16 +139,23 @@ impl<'a> Heads<'a> {
     ) {
         let (count, keys, dim) = (tile.end - tile.first, tile.end - tile.start, self.dim);
         let kv = head / (self.heads / self.kv_heads);
-        let Scratch { scores, slopes } = scratch;
+        let Scratch { scores, slopes, capped } = scratch;
         let width = self.heads * dim;
         let d_out = Mat::window(d_out, (row + tile.first) * width + head * dim, count, dim, width);
         self.scores(scores, tile, row, head);
+        if self.softcap.is_some() {
+            capped.clear();
+            capped.extend_from_slice(scores);
+        }
         slopes.resize(count * keys, 0.0);
         let values = self.values(kv, row + tile.start, row + tile.end);
         gemm_into(slopes, keys, 0.0, 1.0, d_out, values.t(), Threads::One);
         let notes: Vec<Softmax> =
             (row + tile.first..row + tile.end).map(|row| notes[row * self.heads + head]).collect();
         attention_gradient(scores, slopes, keys, &tile.spans, &notes);
+        if let Some(cap) = self.softcap {
+            softcap_gradient(slopes, capped, cap);
+        }
         let (weights, slopes) = (Mat::new(scores, count, keys), Mat::new(slopes, count, keys));
         gemm_into(&mut dv[tile.start * dim..], dim, 1.0, 1.0, weights.t(), d_out, Threads::One);
         let q = self.head(self.q, self.heads, head, row + tile.first, row + tile.end);

@@ -14,6 +14,13 @@ const TOKENS: usize = 150;
 const WINDOWS: usize = 2;
 
 const CASES: &[&str] = &[
+    "baichuan2",
+    "gemma2",
+    "gemma3",
+    "gemma3-types",
+    "glm",
+    "glm4",
+    "granite",
     "internlm2",
     "internlm2-dynamic",
     "internlm3",
@@ -25,13 +32,18 @@ const CASES: &[&str] = &[
     "llama2",
     "llama3",
     "mistral",
+    "mistral-nemo",
+    "olmo2",
     "phi3",
     "phi3-longrope",
     "phi3-partial",
+    "phi4-mini",
     "qwen2",
     "qwen2-sliding",
     "qwen2-yarn",
     "qwen3",
+    "starcoder2",
+    "starcoder2-plain",
 ];
 
 const ROLES: [Role; 9] =

@@ -7,13 +7,16 @@
 //! recorded by an autograd: that is several times faster.
 #![forbid(unsafe_code)]
 
+mod activation;
 mod attention;
 mod error;
 #[cfg(test)]
 mod gradient_tests;
 mod kernels;
 mod network;
+mod norm;
 mod pass;
+mod rotate;
 mod schedule;
 mod settings;
 mod shadow;

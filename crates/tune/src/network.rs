@@ -2,11 +2,14 @@
 
 use std::ops::Range;
 
-use lite_decoder::{Activation, AttnSpec, Block, GqaSpec, MlpSpec, NormKind, NormSpec, Role, Rope, with_cpu_slice};
+use lite_decoder::{AttnSpec, Block, GqaSpec, MlpSpec, NormSpec, Role, Rope, RopePairing, with_cpu_slice};
 use lite_linalg::{Mat, Threads, gemm_into};
 
 use crate::TuneError;
-use crate::kernels::{Rotation, add_row};
+use crate::activation::Nonlinearity;
+use crate::kernels::add_row;
+use crate::norm::Norm;
+use crate::rotate::{HeadNorm, Rotation};
 
 /// The linears that read one input, as one matrix.
 pub(crate) struct Fused {
@@ -69,9 +72,6 @@ impl Fused {
     }
 }
 
-/// Weight and eps of a norm.
-pub(crate) type Norm = (Vec<f32>, f32);
-
 /// The four matrices of a [`Network`], in order of execution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stage {
@@ -95,12 +95,18 @@ pub(crate) struct Network {
     pub(crate) columns: [Vec<usize>; 3],
     /// In the order of [`Stage`].
     stages: [Fused; 4],
-    pub(crate) attn_norm: Norm,
-    pub(crate) mlp_norm: Norm,
-    pub(crate) q_norm: Option<Norm>,
-    pub(crate) k_norm: Option<Norm>,
+    pub(crate) nonlinearity: Nonlinearity,
+    pub(crate) attn_norm: Option<Norm>,
+    pub(crate) attn_out_norm: Option<Norm>,
+    pub(crate) mlp_norm: Option<Norm>,
+    pub(crate) mlp_out_norm: Option<Norm>,
+    q_norm: Option<Norm>,
+    k_norm: Option<Norm>,
+    /// On what attention and feed-forward add to the residual stream.
+    pub(crate) residual_scale: f32,
     cos: Vec<f32>,
     sin: Vec<f32>,
+    pairing: RopePairing,
 }
 
 impl Network {
@@ -108,37 +114,54 @@ impl Network {
         let unsupported = |what: &str| TuneError::Unsupported { what: what.to_owned() };
         let spec = block.spec();
         let AttnSpec::Gqa(attn) = &spec.attn else { return Err(unsupported("this kind of attention")) };
-        let MlpSpec::Gated(mlp) = &spec.mlp else { return Err(unsupported("this kind of feed-forward")) };
-        let Activation::Silu = mlp.activation else { return Err(unsupported("this activation")) };
-        let norm = |norm: &NormSpec| -> Result<Norm, TuneError> {
-            let NormKind::Rms = norm.kind else { return Err(unsupported("this kind of norm")) };
-            let weight = block.vector(&norm.weight).ok_or_else(|| unsupported("a block without its norms"))?;
-            Ok((with_cpu_slice(weight, <[f32]>::to_vec)?, norm.eps))
+        let (intermediate, nonlinearity) = match &spec.mlp {
+            MlpSpec::Gated(mlp) => (mlp.intermediate, Nonlinearity::new(mlp.activation, true)?),
+            MlpSpec::Plain(mlp) => (mlp.intermediate, Nonlinearity::new(mlp.activation, false)?),
+            _ => return Err(unsupported("this kind of feed-forward")),
         };
+        let norm = |norm: &Option<NormSpec>| norm.as_ref().map(|norm| Norm::new(block, norm)).transpose();
+        let (q_norm, k_norm) = (norm(&attn.q_norm)?, norm(&attn.k_norm)?);
+        if [&q_norm, &k_norm].into_iter().flatten().any(|norm| norm.rms().is_none()) {
+            return Err(unsupported("this kind of norm over heads"));
+        }
         let stages = [
             Fused::new(block, &[&[Role::Qkv], &[Role::Q, Role::K, Role::V]])?,
             Fused::new(block, &[&[Role::O]])?,
-            Fused::new(block, &[&[Role::GateUp], &[Role::Gate, Role::Up]])?,
+            Fused::new(block, &[&[Role::GateUp], &[Role::Gate, Role::Up], &[Role::Up]])?,
             Fused::new(block, &[&[Role::Down]])?,
         ];
         let columns = attn.columns().map(|(role, columns)| {
             let start = stages[Stage::Qkv as usize].start_of(role);
             columns.into_iter().map(|column| start + column).collect()
         });
-        let (cos, sin) = rope.tables();
+        let tables = rope.tables(attn)?;
         Ok(Self {
             hidden: stages[Stage::Qkv as usize].inputs,
-            intermediate: mlp.intermediate,
+            intermediate,
+            nonlinearity,
             tokens: rope.tokens(),
             columns,
             stages,
             attn_norm: norm(&spec.norms.attn)?,
+            attn_out_norm: norm(&spec.norms.attn_out)?,
             mlp_norm: norm(&spec.norms.mlp)?,
-            q_norm: attn.q_norm.as_ref().map(norm).transpose()?,
-            k_norm: attn.k_norm.as_ref().map(norm).transpose()?,
+            mlp_out_norm: norm(&spec.norms.mlp_out)?,
+            q_norm,
+            k_norm,
+            residual_scale: spec.residual_scale,
             attn: attn.clone(),
-            cos: with_cpu_slice(cos, <[f32]>::to_vec)?,
-            sin: with_cpu_slice(sin, <[f32]>::to_vec)?,
+            cos: with_cpu_slice(tables.cos(), <[f32]>::to_vec)?,
+            sin: with_cpu_slice(tables.sin(), <[f32]>::to_vec)?,
+            pairing: tables.pairing(),
+        })
+    }
+
+    /// The norms of queries and keys before the rotation.
+    pub(crate) fn head_norms(&self) -> [HeadNorm<'_>; 2] {
+        [&self.q_norm, &self.k_norm].map(|norm| match norm.as_ref().and_then(Norm::rms) {
+            None => HeadNorm::None,
+            Some((factors, eps)) if self.attn.norm_all_heads => HeadNorm::All(factors, eps),
+            Some((factors, eps)) => HeadNorm::Each(factors, eps),
         })
     }
 
@@ -160,6 +183,6 @@ impl Network {
 
     pub(crate) fn rotation(&self) -> Rotation<'_> {
         let half = self.cos.len() / self.tokens.max(1);
-        Rotation { cos: &self.cos, sin: &self.sin, half, tokens: self.tokens }
+        Rotation { cos: &self.cos, sin: &self.sin, half, tokens: self.tokens, pairing: self.pairing }
     }
 }

@@ -9,10 +9,10 @@ use lite_linalg::{Mat, Threads, gemm_into};
 use rayon::prelude::*;
 
 use crate::attention::Heads;
-use crate::kernels::{
-    Softmax, add_rms_norm_gradient, rms_norm, rotate, rotate_gradient, silu_mul, silu_mul_gradient, squared_error,
-};
-use crate::network::{Network, Norm, Stage};
+use crate::kernels::{Softmax, add_scaled, squared_error};
+use crate::network::{Network, Stage};
+use crate::norm::Norm;
+use crate::rotate::{rotate, rotate_gradient};
 
 /// Rows per task: enough for matrix products at full speed.
 const ROWS: usize = 256;
@@ -54,7 +54,11 @@ struct After<'a> {
 #[derive(Default)]
 struct Scratch {
     residual: Vec<f32>,
+    /// What o and down made, where a norm or a factor stands behind them.
+    outputs: [Vec<f32>; 2],
+    normed: Vec<f32>,
     gate_up: Vec<f32>,
+    d_out: Vec<f32>,
     d_middle: Vec<f32>,
     d_mlp_in: Vec<f32>,
 }
@@ -108,17 +112,18 @@ impl Tape {
             .zip(self.q.par_chunks_mut(ROWS * q_columns.len() * dim))
             .zip(self.k.par_chunks_mut(ROWS * k_columns.len() * dim));
         tasks.with_max_len(1).enumerate().for_each(|(task, ((((x, normed), projection), q), k))| {
-            let (weight, eps) = &network.attn_norm;
-            rms_norm(normed, x, weight, *eps);
+            normed_or_copied(&network.attn_norm, normed, x);
             qkv.forward(projection, 0.0, normed);
             let (first, rotation) = (task * ROWS, network.rotation());
-            rotate(q, projection, qkv.outputs, first, q_columns, dim, rotation, slices(&network.q_norm));
-            rotate(k, projection, qkv.outputs, first, k_columns, dim, rotation, slices(&network.k_norm));
+            let [q_norm, k_norm] = network.head_norms();
+            rotate(q, projection, qkv.outputs, first, q_columns, dim, rotation, q_norm);
+            rotate(k, projection, qkv.outputs, first, k_columns, dim, rotation, k_norm);
         });
     }
 
     fn after_attention(&mut self, network: &Network, x: &[f32], target: &[f32], seed: f32) -> f64 {
         let (hidden, middle) = (network.hidden, network.intermediate);
+        let gate_up = network.stage(Stage::GateUp).outputs;
         let [_, heads, mlp_in, mlp_mid] = &mut self.inputs;
         let [_, d_o, d_gate_up, d_down] = &mut self.slopes;
         let head_width = network.stage(Stage::O).inputs;
@@ -130,7 +135,7 @@ impl Tape {
             .zip(mlp_in.chunks_mut(ROWS * hidden))
             .zip(mlp_mid.chunks_mut(ROWS * middle))
             .zip(d_o.chunks_mut(ROWS * hidden))
-            .zip(d_gate_up.chunks_mut(ROWS * 2 * middle))
+            .zip(d_gate_up.chunks_mut(ROWS * gate_up))
             .zip(d_down.chunks_mut(ROWS * hidden))
             .zip(self.d_heads.chunks_mut(ROWS * head_width))
             .zip(&mut losses)
@@ -153,8 +158,9 @@ impl Tape {
         let tasks = self.slopes[0].par_chunks_mut(ROWS * stride).zip(self.projection.par_chunks(ROWS * stride));
         tasks.with_max_len(1).enumerate().for_each(|(task, (slopes, projection))| {
             let (first, rotation) = (task * ROWS, network.rotation());
-            rotate_gradient(slopes, dq, projection, stride, first, q_columns, dim, rotation, slices(&network.q_norm));
-            rotate_gradient(slopes, dk, projection, stride, first, k_columns, dim, rotation, slices(&network.k_norm));
+            let [q_norm, k_norm] = network.head_norms();
+            rotate_gradient(slopes, dq, projection, stride, first, q_columns, dim, rotation, q_norm);
+            rotate_gradient(slopes, dk, projection, stride, first, k_columns, dim, rotation, k_norm);
             for (row, slopes) in slopes.chunks_exact_mut(stride).enumerate() {
                 let row = first + row;
                 for (head, &column) in v_columns.iter().enumerate() {
@@ -184,34 +190,86 @@ impl Tape {
 impl After<'_> {
     /// From the heads' outputs to the loss, and back.
     fn run(self, network: &Network, seed: f32, scratch: &mut Scratch) {
-        let Scratch { residual, gate_up, d_middle, d_mlp_in } = scratch;
+        let Scratch { residual, outputs: [o, down], normed, gate_up, d_out, d_middle, d_mlp_in } = scratch;
         let (hidden, width) = (network.hidden, network.intermediate);
         let rows = self.residual.len() / hidden;
         residual.clear();
         residual.extend_from_slice(self.residual);
-        network.stage(Stage::O).forward(residual, 1.0, self.heads);
-        let (weight, eps) = &network.mlp_norm;
-        rms_norm(self.mlp_in, residual, weight, *eps);
-        gate_up.resize(rows * 2 * width, 0.0);
+        let of_o = Branch { network, stage: Stage::O, norm: &network.attn_out_norm };
+        of_o.add(residual, self.heads, o, normed);
+        normed_or_copied(&network.mlp_norm, self.mlp_in, residual);
+        gate_up.resize(rows * network.stage(Stage::GateUp).outputs, 0.0);
         network.stage(Stage::GateUp).forward(gate_up, 0.0, self.mlp_in);
-        silu_mul(self.middle, gate_up, width);
-        self.d_down.copy_from_slice(residual);
-        network.stage(Stage::Down).forward(self.d_down, 1.0, self.middle);
-        squared_error(self.d_down, self.target, hidden, seed, self.loss);
+        network.nonlinearity.forward(self.middle, gate_up, width);
+        let of_down = Branch { network, stage: Stage::Down, norm: &network.mlp_out_norm };
+        d_out.clear();
+        d_out.extend_from_slice(residual);
+        of_down.add(d_out, self.middle, down, normed);
+        squared_error(d_out, self.target, hidden, seed, self.loss);
 
+        of_down.gradient(self.d_down, d_out, down, normed);
         d_middle.resize(rows * width, 0.0);
         network.stage(Stage::Down).backward(d_middle, self.d_down);
-        silu_mul_gradient(self.d_gate_up, d_middle, gate_up, width);
+        network.nonlinearity.gradient(self.d_gate_up, d_middle, gate_up, width);
         d_mlp_in.resize(rows * hidden, 0.0);
         network.stage(Stage::GateUp).backward(d_mlp_in, self.d_gate_up);
-        self.d_o.copy_from_slice(self.d_down);
-        add_rms_norm_gradient(self.d_o, d_mlp_in, residual, weight, *eps);
+        match &network.mlp_norm {
+            Some(norm) => norm.add_gradient(d_out, d_mlp_in, residual),
+            None => add_scaled(d_out, d_mlp_in, 1.0),
+        }
+        of_o.gradient(self.d_o, d_out, o, normed);
         network.stage(Stage::O).backward(self.d_heads, self.d_o);
     }
 }
 
-fn slices(norm: &Option<Norm>) -> Option<(&[f32], f32)> {
-    norm.as_ref().map(|(weight, eps)| (weight.as_slice(), *eps))
+/// Attention or feed-forward, from its last linear to the residual sum.
+struct Branch<'a> {
+    network: &'a Network,
+    stage: Stage,
+    norm: &'a Option<Norm>,
+}
+
+impl Branch<'_> {
+    /// Whether the linear's output is what is added.
+    fn is_bare(&self) -> bool {
+        self.norm.is_none() && self.network.residual_scale == 1.0
+    }
+
+    /// `residual += scale · norm(linear(x))`; `output` keeps what the linear made, if it is needed.
+    fn add(&self, residual: &mut [f32], x: &[f32], output: &mut Vec<f32>, normed: &mut Vec<f32>) {
+        let linear = self.network.stage(self.stage);
+        if self.is_bare() {
+            return linear.forward(residual, 1.0, x);
+        }
+        output.resize(residual.len(), 0.0);
+        linear.forward(output, 0.0, x);
+        normed.resize(residual.len(), 0.0);
+        normed_or_copied(self.norm, normed, output);
+        add_scaled(residual, normed, self.network.residual_scale);
+    }
+
+    /// The gradient towards the linear's output, from that towards the sum.
+    fn gradient(&self, slopes: &mut [f32], d_sum: &[f32], output: &[f32], scaled: &mut Vec<f32>) {
+        if self.is_bare() {
+            return slopes.copy_from_slice(d_sum);
+        }
+        slopes.fill(0.0);
+        match self.norm {
+            None => add_scaled(slopes, d_sum, self.network.residual_scale),
+            Some(norm) => {
+                scaled.clear();
+                scaled.extend(d_sum.iter().map(|d| d * self.network.residual_scale));
+                norm.add_gradient(slopes, scaled, output);
+            }
+        }
+    }
+}
+
+fn normed_or_copied(norm: &Option<Norm>, out: &mut [f32], x: &[f32]) {
+    match norm {
+        Some(norm) => norm.forward(out, x),
+        None => out.copy_from_slice(x),
+    }
 }
 
 fn heads_of<'a>(network: &'a Network, q: &'a [f32], k: &'a [f32], projection: &'a [f32]) -> Heads<'a> {
@@ -228,5 +286,6 @@ fn heads_of<'a>(network: &'a Network, q: &'a [f32], k: &'a [f32], projection: &'
         tokens: network.tokens,
         window: attn.window,
         scale: attn.scale,
+        softcap: attn.softcap,
     }
 }

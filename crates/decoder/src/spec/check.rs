@@ -1,6 +1,7 @@
 //! What a decoder reads, and whether a checkpoint holds it.
 
-use super::{AttnSpec, DecoderSpec, NormSpec, Role};
+use super::mla;
+use super::{AttnSpec, BlockSpec, DecoderSpec, NormSpec, Role};
 use crate::DecoderError;
 use crate::error::clean;
 
@@ -35,25 +36,37 @@ impl DecoderSpec {
         for block in &self.blocks {
             let at = Some(block.index);
             let mut norm = |norm: &NormSpec, width: usize, keys| {
-                for name in std::iter::once(&norm.weight).chain(&norm.bias) {
+                for name in norm.tensors() {
                     need(name, &[width], at, keys);
                 }
             };
-            norm(&block.norms.attn, self.hidden, HIDDEN);
-            norm(&block.norms.mlp, self.hidden, HIDDEN);
-            let AttnSpec::Gqa(attn) = &block.attn;
-            for head_norm in attn.q_norm.iter().chain(&attn.k_norm) {
-                norm(head_norm, attn.head_dim, "`head_dim`");
+            for block_norm in block.norms.all() {
+                norm(block_norm, self.hidden, HIDDEN);
+            }
+            let inner = if is_latent(block) { mla::KEYS } else { "`head_dim`" };
+            for (attn_norm, width) in block.attn.norms() {
+                norm(attn_norm, width, inner);
+            }
+            if let Some(moe) = block.moe() {
+                let keys =
+                    "the number of experts (`num_experts`, `num_local_experts` or `n_routed_experts`), `hidden_size`";
+                need(&moe.router.weight, &[moe.experts, self.hidden], at, keys);
+                if let Some(correction) = &moe.router.correction {
+                    need(correction, &[moe.experts], at, keys);
+                }
+                if let Some(gate) = moe.shared.iter().find_map(|shared| shared.gate.as_ref()) {
+                    need(gate, &[1, self.hidden], at, HIDDEN);
+                }
             }
             for site in &block.sites {
-                let keys = keys(site.id.role);
+                let keys = keys(block, site.id.role);
                 need(&format!("{}.weight", site.module), &[site.out_features, site.in_features], at, keys);
                 if site.bias {
                     need(&format!("{}.bias", site.module), &[site.out_features], at, keys);
                 }
             }
         }
-        for name in std::iter::once(&self.final_norm.weight).chain(&self.final_norm.bias) {
+        for name in self.final_norm.tensors() {
             need(name, &[self.hidden], None, HIDDEN);
         }
         if !self.head.tied {
@@ -107,8 +120,16 @@ impl DecoderSpec {
                 first: listed.join(", ") + dots,
             });
         }
-        match self.beyond().into_iter().find(|name| shape_of(name).is_some()) {
-            Some(tensor) => Err(DecoderError::ExtraBlock { tensor, layers: self.blocks.len() }),
+        if let Some(tensor) = self.beyond().into_iter().find(|name| shape_of(name).is_some()) {
+            return Err(DecoderError::ExtraBlock { tensor, layers: self.blocks.len(), mtp: self.mtp_layers });
+        }
+        let extra = |block: &BlockSpec| {
+            let experts = block.moe()?.experts;
+            let names = next_expert(block, experts).into_iter();
+            Some((names.into_iter().find(|name| shape_of(name).is_some())?, experts))
+        };
+        match self.blocks.iter().find_map(extra) {
+            Some((tensor, experts)) => Err(DecoderError::ExtraExpert { tensor, experts }),
             None => Ok(()),
         }
     }
@@ -116,19 +137,38 @@ impl DecoderSpec {
     /// The tensors that one more block would have.
     fn beyond(&self) -> Vec<String> {
         let Some(last) = self.blocks.last() else { return Vec::new() };
-        let (last_part, next_part) = (format!(".{}.", last.index), format!(".{}.", last.index + 1));
-        let norms = [&last.norms.attn.weight, &last.norms.mlp.weight].map(String::clone);
+        // In range: both are small.
+        let next = last.index + 1 + self.mtp_layers;
+        let (last_part, next_part) = (format!(".{}.", last.index), format!(".{next}."));
+        let norms = last.norms.all().map(|norm| norm.weight.clone());
         let weights = last.sites.iter().map(|site| format!("{}.weight", site.module));
-        norms.into_iter().chain(weights).map(|name| name.replacen(&last_part, &next_part, 1)).collect()
+        let next = norms.chain(weights).map(|name| name.replacen(&last_part, &next_part, 1));
+        next.collect()
     }
 }
 
+/// The weights that one more expert of `block` would have.
+fn next_expert(block: &BlockSpec, experts: usize) -> Vec<String> {
+    let first = block.sites.iter().filter(|site| matches!(site.id.role, Role::Expert(0, _)));
+    first
+        .map(|site| format!("{}.weight", site.module.replace(".experts.0.", &format!(".experts.{experts}."))))
+        .collect()
+}
+
+fn is_latent(block: &BlockSpec) -> bool {
+    matches!(block.attn, AttnSpec::Mla(_))
+}
+
 /// The keys of config.json that a linear's shape was computed from.
-fn keys(role: Role) -> &'static str {
+fn keys(block: &BlockSpec, role: Role) -> &'static str {
     match role {
+        Role::QA | Role::QB | Role::KvA | Role::KvB => mla::KEYS,
+        Role::Q | Role::O if is_latent(block) => mla::KEYS,
         Role::Q | Role::O => "`num_attention_heads`, `head_dim`, `hidden_size`",
         Role::K | Role::V => "`num_key_value_heads`, `head_dim`, `hidden_size`",
         Role::Qkv => "`num_attention_heads`, `num_key_value_heads`, `head_dim`, `hidden_size`",
         Role::Gate | Role::Up | Role::GateUp | Role::Down => "`intermediate_size`, `hidden_size`",
+        Role::Expert(..) => "the width of experts and `hidden_size`",
+        Role::Shared(_) => "the width of the shared expert and `hidden_size`",
     }
 }

@@ -36,10 +36,15 @@ impl<'a> Section<'a> {
 
     /// An object inside this one; absent, null and `{}` are `None`.
     pub(crate) fn section(&self, key: &'static str) -> Result<Option<Section<'a>>, DecoderError> {
+        self.section_at(key, key)
+    }
+
+    /// [`Section::section`] of a section that is not the whole file; `path` is what errors call it.
+    pub(crate) fn section_at(&self, key: &str, path: &'static str) -> Result<Option<Section<'a>>, DecoderError> {
         match self.get(key) {
             None => Ok(None),
             Some(Value::Object(map)) if map.is_empty() => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Section { map, path: key })),
+            Some(Value::Object(map)) => Ok(Some(Section { map, path })),
             Some(_) => Err(self.wrong(key, "an object")),
         }
     }
@@ -81,6 +86,14 @@ impl<'a> Section<'a> {
         found
             .filter(|list| list.len() == len)
             .ok_or_else(|| self.wrong(key, &format!("{len} numbers from {} to {}", range.start(), range.end())))
+    }
+
+    /// A list of whole numbers, empty if `key` is not there.
+    pub(crate) fn indices(&self, key: &str) -> Result<Vec<usize>, DecoderError> {
+        let Some(value) = self.get(key) else { return Ok(Vec::new()) };
+        let number = |v: &Value| v.as_u64().and_then(|v| usize::try_from(v).ok());
+        let found: Option<Vec<usize>> = value.as_array().and_then(|list| list.iter().map(number).collect());
+        found.ok_or_else(|| self.wrong(key, "a list of whole numbers"))
     }
 
     /// true or false, if `key` is there.

@@ -1,6 +1,14 @@
 //! The known families, as a table. A new family with known parts is a new row.
 
-use super::{GateUpLayout, QkvLayout};
+use super::config::Section;
+use super::dense_families::{BAICHUAN2, GEMMA2, GEMMA3, GLM, GLM4, GRANITE, OLMO2, STARCODER2};
+use super::mla::MlaRules;
+use super::moe::MoeRules;
+use super::moe_families::{DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, MIXTRAL, QWEN2_MOE, QWEN3_MOE};
+use super::wrapper::WRAPPERS;
+use super::{Activation, GateUpLayout, NormKind, QkvLayout, RopePairing};
+use crate::DecoderError;
+use crate::error::clean;
 
 /// A decoder family: where its tensors are, and what config.json means for it.
 ///
@@ -18,18 +26,29 @@ pub struct FamilyInfo {
     pub(super) qkv_bias: Bias,
     pub(super) o_bias: Bias,
     pub(super) mlp_bias: Bias,
-    /// Norms over each query and key head.
-    pub(super) qk_norm: bool,
+    pub(super) qk_norm: QkNorm,
     /// `head_dim` if absent; `None`: `hidden_size / num_attention_heads`.
     pub(super) head_dim: Option<usize>,
     /// `num_key_value_heads` if absent; `None`: `num_attention_heads`.
     pub(super) kv_heads: Option<usize>,
-    /// `rms_norm_eps` if absent.
-    pub(super) eps: f64,
+    pub(super) norm: NormRules,
+    /// The key of the nonlinearity, and what it is if absent.
+    pub(super) activation: (&'static str, Activation),
+    /// `tie_word_embeddings` if absent.
+    pub(super) tied: bool,
+    /// Whether the head's rows are normalised; see [`super::HeadSpec::normalised`].
+    pub(super) normalised_head: bool,
+    pub(super) scales: Scales,
     /// `max_position_embeddings` if absent.
-    pub(super) max_positions: usize,
+    pub(super) max_positions: Positions,
     pub(super) window: Window,
     pub(super) rope: RopeRules,
+    /// Experts, in the layers that have them.
+    pub(super) moe: Option<MoeRules>,
+    /// Latent attention, in families that have it.
+    pub(super) mla: Option<MlaRules>,
+    /// Layers of multi-token prediction if no key names their number; `None`: the family has none.
+    pub(super) mtp: Option<usize>,
 }
 
 /// Tensor names; block-relative ones are joined as `{blocks}.{index}.{part}`.
@@ -39,18 +58,63 @@ pub(super) struct Names {
     pub(super) blocks: &'static str,
     pub(super) final_norm: &'static str,
     pub(super) head: &'static str,
-    pub(super) attn_norm: &'static str,
-    pub(super) mlp_norm: &'static str,
+    /// Norms of [`super::BlockNorms`], where they are.
+    pub(super) attn_norm: Option<&'static str>,
+    pub(super) attn_out_norm: Option<&'static str>,
+    pub(super) mlp_norm: Option<&'static str>,
+    pub(super) mlp_out_norm: Option<&'static str>,
     pub(super) attn: &'static str,
     pub(super) mlp: &'static str,
     pub(super) qkv: QkvLayout,
     /// q, k, v or the one fused matrix.
     pub(super) qkv_names: &'static [&'static str],
     pub(super) o: &'static str,
-    pub(super) gate_up: GateUpLayout,
-    /// gate, up or the one fused matrix.
+    /// `None`: there is no gate.
+    pub(super) gate_up: Option<GateUpLayout>,
+    /// gate, up, or the one matrix: fused or alone.
     pub(super) gate_up_names: &'static [&'static str],
     pub(super) down: &'static str,
+}
+
+/// Norms of queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum QkNorm {
+    None,
+    /// Over each head.
+    EachHead,
+    /// The same if this key is true.
+    EachHeadIf(&'static str),
+    /// Over all heads of a token.
+    AllHeads,
+}
+
+/// The formula of all norms, and where its ε is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NormRules {
+    pub(super) kind: NormKind,
+    pub(super) eps_key: &'static str,
+    /// If the key is absent.
+    pub(super) eps: f64,
+}
+
+/// Which factors and caps config.json holds.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Scales {
+    /// None but `1/sqrt(head_dim)` on scores.
+    Plain,
+    /// `embedding_multiplier`, `attention_multiplier`, `residual_multiplier`, `logits_scaling`.
+    Granite,
+    /// Embeddings times `sqrt(hidden_size)`, `query_pre_attn_scalar`, soft caps with their defaults; `attn_cap: None`
+    /// where scores are never capped.
+    Gemma { attn_cap: Option<f64>, logits_cap: Option<f64> },
+}
+
+/// `max_position_embeddings` if absent.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Positions {
+    Default(usize),
+    /// It must be there: a model without it is another one, for which this is said.
+    OrElse(&'static str),
 }
 
 /// Whether a linear has a bias.
@@ -71,6 +135,10 @@ pub(super) enum Window {
     AllLayers(Option<usize>),
     /// If `use_sliding_window`, those that `layer_types` names, or else from `max_window_layers` on.
     SomeLayers,
+    /// Those that `layer_types` names, or else all but every `period`th.
+    Alternating { period: usize, period_key: Option<&'static str>, default: usize },
+    /// None; a config that asks for one is refused.
+    Refused,
 }
 
 /// What the family knows of rotary embeddings.
@@ -80,51 +148,70 @@ pub(super) struct RopeRules {
     pub(super) types: &'static [&'static str],
     /// Older names of a type: (written, meant).
     pub(super) aliases: &'static [(&'static str, &'static str)],
-    /// Whether `partial_rotary_factor` may differ from 1.
-    pub(super) partial: bool,
+    /// `partial_rotary_factor` if absent; `None`: it must be 1.
+    pub(super) partial: Option<f64>,
+    pub(super) pairing: RopePairing,
+    /// θ if absent.
+    pub(super) theta: f64,
+    /// θ of layers with a sliding window if absent, where they have their own.
+    pub(super) local_theta: Option<f64>,
     /// `original_max_position_embeddings` if absent everywhere; `None`: `max_position_embeddings`.
     pub(super) original_positions: Option<usize>,
 }
 
-const ROPE: RopeRules = RopeRules {
+pub(super) const ROPE: RopeRules = RopeRules {
     types: &["default", "linear", "dynamic", "llama3", "yarn", "longrope"],
     aliases: &[],
-    partial: false,
+    partial: None,
+    pairing: RopePairing::Halves,
+    theta: 10_000.0,
+    local_theta: None,
     original_positions: None,
 };
 
-const LLAMA_NAMES: Names = Names {
+pub(super) const RMS: NormRules = NormRules { kind: NormKind::Rms, eps_key: "rms_norm_eps", eps: 1e-6 };
+
+pub(super) const LLAMA_NAMES: Names = Names {
     embed: "model.embed_tokens",
     blocks: "model.layers",
     final_norm: "model.norm",
     head: "lm_head",
-    attn_norm: "input_layernorm",
-    mlp_norm: "post_attention_layernorm",
+    attn_norm: Some("input_layernorm"),
+    attn_out_norm: None,
+    mlp_norm: Some("post_attention_layernorm"),
+    mlp_out_norm: None,
     attn: "self_attn",
     mlp: "mlp",
     qkv: QkvLayout::Separate,
     qkv_names: &["q_proj", "k_proj", "v_proj"],
     o: "o_proj",
-    gate_up: GateUpLayout::Separate,
+    gate_up: Some(GateUpLayout::Separate),
     gate_up_names: &["gate_proj", "up_proj"],
     down: "down_proj",
 };
 
-const LLAMA: FamilyInfo = FamilyInfo {
+pub(super) const LLAMA: FamilyInfo = FamilyInfo {
     architecture: "LlamaForCausalLM",
     model_type: "llama",
-    title: "Llama 1 to 3.x and everything published in its shape (Yi, Vicuna, DeepSeek-R1-Distill-Llama, …)",
+    title: "Llama 1 to 3.x and everything published in its shape (Yi, DeepSeek-LLM, Vicuna, DeepSeek-R1-Distill-Llama, …)",
     names: LLAMA_NAMES,
     qkv_bias: Bias::Key("attention_bias", false),
     o_bias: Bias::Key("attention_bias", false),
     mlp_bias: Bias::Key("mlp_bias", false),
-    qk_norm: false,
+    qk_norm: QkNorm::None,
     head_dim: None,
     kv_heads: None,
-    eps: 1e-6,
-    max_positions: 2048,
+    norm: RMS,
+    activation: ("hidden_act", Activation::Silu),
+    tied: false,
+    normalised_head: false,
+    scales: Scales::Plain,
+    max_positions: Positions::Default(2048),
     window: Window::Never,
     rope: ROPE,
+    moe: None,
+    mla: None,
+    mtp: None,
 };
 
 /// The decoder families that can be run, and hence calibrated.
@@ -138,7 +225,7 @@ pub static FAMILIES: &[FamilyInfo] = &[
         o_bias: Bias::Never,
         mlp_bias: Bias::Never,
         kv_heads: Some(8),
-        max_positions: 131_072,
+        max_positions: Positions::Default(131_072),
         window: Window::AllLayers(Some(4096)),
         ..LLAMA
     },
@@ -146,11 +233,13 @@ pub static FAMILIES: &[FamilyInfo] = &[
         architecture: "Qwen2ForCausalLM",
         model_type: "qwen2",
         title: "Qwen 1.5, 2, 2.5, QwQ",
+        // With text alone all three positions of a vision model's rotary embedding are one.
+        rope: RopeRules { aliases: &[("mrope", "default")], ..ROPE },
         qkv_bias: Bias::Always,
         o_bias: Bias::Never,
         mlp_bias: Bias::Never,
         kv_heads: Some(32),
-        max_positions: 32_768,
+        max_positions: Positions::Default(32_768),
         window: Window::SomeLayers,
         ..LLAMA
     },
@@ -159,10 +248,10 @@ pub static FAMILIES: &[FamilyInfo] = &[
         model_type: "qwen3",
         title: "Qwen3 (dense)",
         mlp_bias: Bias::Never,
-        qk_norm: true,
+        qk_norm: QkNorm::EachHead,
         head_dim: Some(128),
         kv_heads: Some(32),
-        max_positions: 32_768,
+        max_positions: Positions::Default(32_768),
         window: Window::SomeLayers,
         ..LLAMA
     },
@@ -173,8 +262,8 @@ pub static FAMILIES: &[FamilyInfo] = &[
         names: Names {
             embed: "model.tok_embeddings",
             head: "output",
-            attn_norm: "attention_norm",
-            mlp_norm: "ffn_norm",
+            attn_norm: Some("attention_norm"),
+            mlp_norm: Some("ffn_norm"),
             attn: "attention",
             mlp: "feed_forward",
             qkv: QkvLayout::Grouped,
@@ -198,7 +287,7 @@ pub static FAMILIES: &[FamilyInfo] = &[
         o_bias: Bias::Key("bias", false),
         mlp_bias: Bias::Key("bias", false),
         kv_heads: Some(32),
-        max_positions: 32_768,
+        max_positions: Positions::Default(32_768),
         ..LLAMA
     },
     FamilyInfo {
@@ -208,28 +297,84 @@ pub static FAMILIES: &[FamilyInfo] = &[
         names: Names {
             qkv: QkvLayout::Stacked,
             qkv_names: &["qkv_proj"],
-            gate_up: GateUpLayout::Stacked,
+            gate_up: Some(GateUpLayout::Stacked),
             gate_up_names: &["gate_up_proj"],
             ..LLAMA_NAMES
         },
         qkv_bias: Bias::Never,
         o_bias: Bias::Never,
         mlp_bias: Bias::Never,
-        eps: 1e-5,
-        max_positions: 4096,
+        norm: NormRules { eps: 1e-5, ..RMS },
+        max_positions: Positions::Default(4096),
         window: Window::AllLayers(None),
         rope: RopeRules {
             types: &["default", "longrope"],
             // Phi-3's first published names of what became LongRoPE.
             aliases: &[("su", "longrope"), ("yarn", "longrope")],
-            partial: true,
+            partial: Some(1.0),
             original_positions: Some(4096),
+            ..ROPE
         },
         ..LLAMA
     },
+    GRANITE,
+    OLMO2,
+    GLM,
+    GLM4,
+    GEMMA2,
+    GEMMA3,
+    STARCODER2,
+    BAICHUAN2,
+    QWEN3_MOE,
+    QWEN2_MOE,
+    MIXTRAL,
+    GLM4_MOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
 ];
 
+/// The family that `architectures` names, or if that is absent `model_type`.
+pub(super) fn family(config: &Section) -> Result<&'static FamilyInfo, DecoderError> {
+    let unclear = |reason: String| DecoderError::UnclearArchitecture { reason, known: known() };
+    let by_type = |name: &str| FAMILIES.iter().find(|f| f.model_type == name);
+    let model_type = config.text("model_type")?;
+    let found = match config.texts("architectures")?.as_deref() {
+        None | Some([]) => {
+            let Some(name) = model_type else {
+                return Err(unclear(
+                    "neither `architectures` nor `model_type` is there, wanted `architectures`".into(),
+                ));
+            };
+            return by_type(name).ok_or_else(|| {
+                unclear(format!("`architectures` is empty and `model_type` is `{}`, which is unknown", clean(name)))
+            });
+        }
+        Some([one]) => *one,
+        Some(many) => {
+            let list = clean(&many.join(", "));
+            return Err(unclear(format!("`architectures` holds {} names ({list}), wanted one", many.len())));
+        }
+    };
+    let family = FAMILIES
+        .iter()
+        .find(|f| f.architecture == found)
+        .ok_or_else(|| DecoderError::UnknownArchitecture { found: format!("`{}`", clean(found)), known: known() })?;
+    match model_type.and_then(by_type) {
+        Some(other) if other.architecture != family.architecture => Err(unclear(format!(
+            "`architectures` is `{}`, but `model_type` is `{}`, which belongs to `{}`; correct one of them",
+            family.architecture, other.model_type, other.architecture
+        ))),
+        _ => Ok(family),
+    }
+}
+
+/// The family with this entry of `architectures`.
+pub(super) fn by_architecture(name: &str) -> Option<&'static FamilyInfo> {
+    FAMILIES.iter().find(|family| family.architecture == name)
+}
+
 /// All architectures, for messages.
-pub(super) fn known() -> String {
-    FAMILIES.iter().map(|f| f.architecture).collect::<Vec<_>>().join(", ")
+fn known() -> String {
+    let wrappers = WRAPPERS.iter().map(|w| w.architecture);
+    FAMILIES.iter().map(|f| f.architecture).chain(wrappers).collect::<Vec<_>>().join(", ")
 }

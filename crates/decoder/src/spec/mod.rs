@@ -2,15 +2,31 @@
 
 mod check;
 mod config;
+mod dense_families;
+mod dims;
+mod ends;
 mod families;
 mod from_config;
+mod mla;
+mod moe;
+mod moe_families;
+mod norm;
 mod rope;
+mod scales;
+mod wrapper;
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 pub use check::TensorNeed;
+pub use ends::{EmbedSpec, HeadSpec};
 pub use families::{FAMILIES, FamilyInfo};
-pub use rope::{RopeScaling, RopeSpec};
+pub use mla::{LATENT_ATTENTION, LatentSpec, MlaSpec};
+pub use moe::{MoeSpec, RouterSpec, Scoring, SharedSpec};
+pub use norm::{BlockNorms, NormKind, NormSpec};
+pub use rope::{RopePairing, RopeScaling, RopeSpec};
+pub use wrapper::{WRAPPERS, WrapperInfo};
 
 /// A decoder, from embedding to head.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,6 +50,11 @@ pub struct DecoderSpec {
     pub head: HeadSpec,
     /// Rotary position embedding.
     pub rope: RopeSpec,
+    /// That of the layers with a sliding window, where they have one of their own ([`GqaSpec::local_rope`]).
+    pub local_rope: Option<RopeSpec>,
+    /// How many layers of multi-token prediction (DeepSeek-V3, arXiv:2412.19437, §2.2) a checkpoint may hold behind the
+    /// last block. No forward pass reads them.
+    pub mtp_layers: usize,
 }
 
 impl DecoderSpec {
@@ -48,48 +69,7 @@ impl DecoderSpec {
     }
 }
 
-/// Token embedding.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EmbedSpec {
-    /// Tensor `[vocab, hidden]`.
-    pub weight: String,
-}
-
-/// A normalisation over the last dimension.
-#[derive(Debug, Clone, PartialEq)]
-pub struct NormSpec {
-    /// Tensor `[width]`.
-    pub weight: String,
-    /// Tensor `[width]`, if there is one. No present family has one, and loading refuses it.
-    pub bias: Option<String>,
-    /// Added to the mean square.
-    pub eps: f32,
-    /// The formula.
-    pub kind: NormKind,
-}
-
-/// The formula of a norm.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum NormKind {
-    /// `w · x / sqrt(mean(x²) + eps)` (Zhang and Sennrich 2019, arXiv:1910.07467).
-    Rms,
-}
-
-/// Hidden states to logits.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HeadSpec {
-    /// Module name of the head, also if it is tied: `lm_head` or `output`.
-    pub module: String,
-    /// Tensor `[vocab, hidden]` to read: the embedding's if tied.
-    pub weight: String,
-    /// Whether head and embedding are one matrix (`tie_word_embeddings`).
-    pub tied: bool,
-    /// Tensor `[vocab]`, if there is one.
-    pub bias: Option<String>,
-}
-
-/// One decoder block: `x += attn(norm(x)); x += mlp(norm(x))`.
+/// One decoder block: `x += r · norm(attn(norm(x))); x += r · norm(mlp(norm(x)))`, each norm there or not.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct BlockSpec {
@@ -105,6 +85,8 @@ pub struct BlockSpec {
     pub mlp: MlpSpec,
     /// The norms on the residual stream.
     pub norms: BlockNorms,
+    /// What attention and feed-forward add to the residual stream is multiplied by this.
+    pub residual_scale: f32,
 }
 
 impl BlockSpec {
@@ -112,16 +94,24 @@ impl BlockSpec {
     pub fn site(&self, role: Role) -> Option<&Site> {
         self.sites.iter().find(|site| site.id.role == role)
     }
-}
 
-/// The norms on the residual stream.
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub struct BlockNorms {
-    /// Before attention.
-    pub attn: NormSpec,
-    /// Before the feed-forward.
-    pub mlp: NormSpec,
+    /// Every input that a linear reads or a fold rescales, with its width.
+    pub fn inputs(&self) -> BTreeMap<InputId, usize> {
+        let mut inputs: BTreeMap<InputId, usize> = self.sites.iter().map(|s| (s.input, s.in_features)).collect();
+        for fold in &self.folds {
+            let width = fold.consumers.first().and_then(|id| self.site(id.role)).map(|site| site.in_features);
+            inputs.extend(width.map(|width| (fold.input, width)));
+        }
+        inputs
+    }
+
+    /// The experts, if the feed-forward has a router.
+    pub fn moe(&self) -> Option<&MoeSpec> {
+        match &self.mlp {
+            MlpSpec::Moe(moe) => Some(moe),
+            _ => None,
+        }
+    }
 }
 
 /// The attention of a block.
@@ -130,6 +120,23 @@ pub struct BlockNorms {
 pub enum AttnSpec {
     /// Multi-head, grouped-query or multi-query attention.
     Gqa(GqaSpec),
+    /// Multi-head latent attention.
+    Mla(MlaSpec),
+}
+
+impl AttnSpec {
+    /// The norms inside attention, with their widths.
+    pub fn norms(&self) -> Vec<(&NormSpec, usize)> {
+        match self {
+            Self::Gqa(attn) => {
+                let norms = [&attn.q_norm, &attn.k_norm].into_iter().zip(attn.norm_widths());
+                norms.filter_map(|(norm, width)| Some((norm.as_ref()?, width))).collect()
+            }
+            Self::Mla(attn) => {
+                attn.q_latent.iter().chain([&attn.kv_latent]).map(|latent| (&latent.norm, latent.width)).collect()
+            }
+        }
+    }
 }
 
 /// Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245). Query head `h` reads key and value head
@@ -144,17 +151,29 @@ pub struct GqaSpec {
     pub head_dim: usize,
     /// How q, k and v are stored.
     pub qkv: QkvLayout,
-    /// Norm over each query head before the rotation.
+    /// Norm of the queries before the rotation.
     pub q_norm: Option<NormSpec>,
-    /// Norm over each key head before the rotation.
+    /// Norm of the keys before the rotation.
     pub k_norm: Option<NormSpec>,
+    /// Whether these norms go over all heads of a token together, and not over each head.
+    pub norm_all_heads: bool,
     /// A query sees this many keys, itself included; `None`: all before it.
     pub window: Option<usize>,
-    /// Scores are multiplied by this: `1/sqrt(head_dim)`.
+    /// Scores are multiplied by this: `1/sqrt(head_dim)` in most families.
     pub scale: f32,
+    /// Then they become `cap · tanh(score / cap)`, if there is a cap.
+    pub softcap: Option<f32>,
+    /// Whether positions are those of [`DecoderSpec::local_rope`].
+    pub local_rope: bool,
 }
 
 impl GqaSpec {
+    /// Widths of the norms of queries and keys.
+    pub fn norm_widths(&self) -> [usize; 2] {
+        let heads = if self.norm_all_heads { [self.heads, self.kv_heads] } else { [1, 1] };
+        heads.map(|heads| heads * self.head_dim)
+    }
+
     /// Where each head starts in a row of the projection that holds it: for q, k and v the role of that
     /// projection and the column offsets.
     pub fn columns(&self) -> [(Role, Vec<usize>); 3] {
@@ -195,6 +214,10 @@ pub enum QkvLayout {
 pub enum MlpSpec {
     /// `down(act(gate(x)) · up(x))`.
     Gated(GatedSpec),
+    /// `down(act(up(x)))`.
+    Plain(PlainSpec),
+    /// A mixture of experts.
+    Moe(MoeSpec),
 }
 
 /// A gated feed-forward (Shazeer 2020, arXiv:2002.05202).
@@ -208,6 +231,15 @@ pub struct GatedSpec {
     pub activation: Activation,
 }
 
+/// A feed-forward without a gate.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PlainSpec {
+    /// Width between up and down.
+    pub intermediate: usize,
+    /// Nonlinearity between them.
+    pub activation: Activation,
+}
+
 /// How the rows of gate and up are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GateUpLayout {
@@ -217,12 +249,14 @@ pub enum GateUpLayout {
     Stacked,
 }
 
-/// Nonlinearity of a gated feed-forward.
+/// Nonlinearity of a feed-forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Activation {
     /// `x / (1 + exp(−x))`.
     Silu,
+    /// `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))` (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+    GeluTanh,
 }
 
 /// What a linear does in its block.
@@ -236,6 +270,14 @@ pub enum Role {
     V,
     /// Queries, keys and values in one matrix; see [`QkvLayout`].
     Qkv,
+    /// Input to the latent of queries; see [`MlaSpec`].
+    QA,
+    /// The latent of queries to queries.
+    QB,
+    /// Input to the latent of keys and values, and to the rotated piece of the keys.
+    KvA,
+    /// The latent of keys and values to both.
+    KvB,
     /// Heads to hidden.
     O,
     /// Gate of the feed-forward.
@@ -246,19 +288,44 @@ pub enum Role {
     GateUp,
     /// Intermediate to hidden.
     Down,
+    /// A linear of a routed expert, by its number.
+    Expert(u32, Part),
+    /// A linear of the expert that every token passes through.
+    Shared(Part),
+}
+
+/// A linear of an expert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Part {
+    /// Its gate.
+    Gate,
+    /// Its up projection.
+    Up,
+    /// Intermediate to hidden.
+    Down,
 }
 
 /// What a linear reads. Linears with one stream share one input, hence one Gram matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Stream {
-    /// The normalised residual, read by q, k and v.
+    /// The normalised residual, read by q, k and v, or by the linears that make the latents.
     AttnIn,
+    /// The normalised latent of queries, read by q_b.
+    QLatent,
+    /// The normalised latent of keys and values, read by kv_b.
+    KvLatent,
     /// The heads' outputs, read by o.
     AttnOut,
     /// The normalised residual, read by gate and up.
     MlpIn,
     /// `act(gate) · up`, read by down.
     MlpMid,
+    /// The rows of [`Stream::MlpIn`] that the router sends to this expert, read by its gate and up.
+    ExpertIn(u32),
+    /// `act(gate) · up` of this expert, read by its down.
+    ExpertMid(u32),
+    /// `act(gate) · up` of the shared expert, read by its down.
+    SharedMid,
 }
 
 /// A linear's place in the decoder.
@@ -316,8 +383,10 @@ pub struct Site {
 pub struct Fold {
     /// The input whose channels are rescaled.
     pub input: InputId,
-    /// All readers of that input.
+    /// All linears that read that input. Under a router they may read some of its rows only.
     pub consumers: Vec<SiteId>,
+    /// Other readers that are never quantized, as tensors `[n, channels]`: a router.
+    pub plain_consumers: Vec<String>,
     /// Who can absorb `1/s`.
     pub producer: Producer,
 }
@@ -325,12 +394,14 @@ pub struct Fold {
 /// What makes the channels of an input.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Producer {
-    /// A norm: `w' = w / s`, and the same for its bias.
+    /// A norm: its factor over `s` ([`NormKind::rescaled`]), and its bias over `s`.
     Norm {
         /// Tensor of the norm's weight.
         weight: String,
         /// Tensor of the norm's bias, if it has one.
         bias: Option<String>,
+        /// How the weight is stored.
+        kind: NormKind,
     },
     /// Rows of another linear's weight, and of its bias.
     Rows {
@@ -338,6 +409,6 @@ pub enum Producer {
         site: SiteId,
         /// `rows[c]` is the row that makes the consumers' input channel `c`. Under grouped-query attention
         /// several channels share a row, and then must share one `s`.
-        rows: Vec<u32>,
+        rows: Arc<[u32]>,
     },
 }

@@ -3,22 +3,33 @@
 use std::f64::consts::PI;
 
 use super::config::Section;
+use super::dims::MAX_POSITIONS;
 use super::families::RopeRules;
-use super::from_config::MAX_POSITIONS;
 use crate::DecoderError;
 
-/// Rotary position embedding (Su et al. 2021, arXiv:2104.09864): dimensions `i` and `i + rotary_dim/2` of a
-/// head are rotated by `position · θ^(−2i/rotary_dim)`, rescaled by [`RopeScaling`].
+/// Rotary position embedding (Su et al. 2021, arXiv:2104.09864): pair `i` of a head's dimensions ([`RopePairing`]) is
+/// rotated by `position · θ^(−2i/rotary_dim)`, rescaled by [`RopeScaling`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeSpec {
     /// θ.
     pub theta: f64,
     /// How many leading dimensions of a head are rotated; even.
     pub rotary_dim: usize,
+    /// Which dimensions are rotated together.
+    pub pairing: RopePairing,
     /// `max_position_embeddings`.
     pub max_positions: usize,
     /// Rescaling for long sequences.
     pub scaling: RopeScaling,
+}
+
+/// Which dimensions of a head make pair `i`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopePairing {
+    /// `i` and `i + rotary_dim/2`.
+    Halves,
+    /// `2i` and `2i + 1`.
+    Neighbours,
 }
 
 /// Rescaling of rotary frequencies, as transformers computes it.
@@ -76,36 +87,31 @@ pub enum RopeScaling {
     },
 }
 
-/// Bounds of what is believed about factors.
-const FACTOR: std::ops::RangeInclusive<f64> = 1e-6..=1e6;
+/// Where a set of rotary parameters is read.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    config: &'a Section<'a>,
+    rules: RopeRules,
+    head_dim: usize,
+    max_positions: usize,
+}
 
-impl RopeSpec {
-    pub(super) fn read(
-        config: &Section,
-        rules: RopeRules,
-        head_dim: usize,
-        max_positions: usize,
-    ) -> Result<Self, DecoderError> {
-        // As transformers: a non-empty `rope_scaling` wins; what is inside wins over what is beside.
-        let scaling = match config.section("rope_scaling")? {
-            Some(section) => Some(section),
-            None => config.section("rope_parameters")?,
-        };
-        if let Some(section) = &scaling
-            && let Some(key) = section.keys().find(|key| key.ends_with("_attention"))
-        {
-            return Err(section.unsupported(key, "one set of rotary parameters for all layers"));
-        }
-        let inside_or_beside = |key: &str, range: std::ops::RangeInclusive<f64>| match &scaling {
-            Some(section) if section.get(key).is_some() => section.number(key, range),
-            _ => config.number(key, range),
+impl Place<'_> {
+    /// From `section`, with θ under `beside` in the config if it is not inside.
+    fn read(&self, section: Option<Section>, beside: Option<&str>, theta: f64) -> Result<RopeSpec, DecoderError> {
+        let Self { config, rules, head_dim, max_positions } = *self;
+        let read = |key: &str, beside: Option<&str>, range: std::ops::RangeInclusive<f64>| match (&section, beside) {
+            (Some(section), _) if section.get(key).is_some() => section.number(key, range),
+            (_, Some(beside)) => config.number(beside, range),
+            _ => Ok(None),
         };
         // θ = 1 would rotate nothing, and YaRN divides by its logarithm.
-        let theta = inside_or_beside("rope_theta", 1.0 + 1e-6..=1e15)?.unwrap_or(10_000.0);
-        let partial = inside_or_beside("partial_rotary_factor", 0.0..=1.0)?.unwrap_or(1.0);
-        if partial != 1.0 && !rules.partial {
-            let holder = scaling.filter(|section| section.get("partial_rotary_factor").is_some());
-            return Err(holder.as_ref().unwrap_or(config).unsupported("partial_rotary_factor", "1 in this family"));
+        let theta = read("rope_theta", beside, 1.0 + 1e-6..=1e15)?.unwrap_or(theta);
+        let key = "partial_rotary_factor";
+        let partial = read(key, Some(key), 0.0..=1.0)?.or(rules.partial).unwrap_or(1.0);
+        if partial != 1.0 && rules.partial.is_none() {
+            let holder = section.filter(|section| section.get(key).is_some());
+            return Err(holder.as_ref().unwrap_or(config).unsupported(key, "1 in this family"));
         }
         let rotary_dim = (head_dim as f64 * partial) as usize;
         if rotary_dim < 2 || !rotary_dim.is_multiple_of(2) {
@@ -115,11 +121,58 @@ impl RopeSpec {
                 ),
             });
         }
-        let mut spec = Self { theta, rotary_dim, max_positions, scaling: RopeScaling::Default };
-        if let Some(section) = scaling {
+        let scaling = RopeScaling::Default;
+        let mut spec = RopeSpec { theta, rotary_dim, pairing: rules.pairing, max_positions, scaling };
+        if let Some(section) = section {
             spec.scaling = spec.read_scaling(config, &section, rules)?;
         }
         Ok(spec)
+    }
+}
+
+/// Bounds of what is believed about factors.
+const FACTOR: std::ops::RangeInclusive<f64> = 1e-6..=1e6;
+
+impl RopeSpec {
+    /// The embedding of a decoder, and the other one of its layers with a sliding window where the family has two.
+    pub(super) fn read(
+        config: &Section,
+        rules: RopeRules,
+        head_dim: usize,
+        max_positions: usize,
+    ) -> Result<(Self, Option<Self>), DecoderError> {
+        let scaling = Self::section(config)?;
+        let by_layer = scaling.and_then(|section| Some((section, section.keys().find(|k| k.ends_with("_attention"))?)));
+        let place = Place { config, rules, head_dim, max_positions };
+        let Some(local_theta) = rules.local_theta else {
+            return match by_layer {
+                Some((section, key)) => Err(section.unsupported(key, "one set of rotary parameters for all layers")),
+                None => Ok((place.read(scaling, Some("rope_theta"), rules.theta)?, None)),
+            };
+        };
+        let (all, local) = match by_layer {
+            Some((section, _)) => {
+                let of = |key, path| section.section_at(key, path);
+                let all = of("full_attention", "rope_parameters.full_attention")?;
+                (all, of("sliding_attention", "rope_parameters.sliding_attention")?)
+            }
+            None => (scaling, None),
+        };
+        // Parameters by layer type hold every θ themselves.
+        let beside = |key| by_layer.is_none().then_some(key);
+        let all = place.read(all, beside("rope_theta"), rules.theta)?;
+        let local_rules = RopeRules { types: &["default", "linear"], ..rules };
+        let place = Place { rules: local_rules, ..place };
+        Ok((all, Some(place.read(local, beside("rope_local_base_freq"), local_theta)?)))
+    }
+
+    /// Where rotary parameters are. As transformers: a non-empty `rope_scaling` wins; what is inside wins over what is
+    /// beside.
+    pub(super) fn section<'a>(config: &Section<'a>) -> Result<Option<Section<'a>>, DecoderError> {
+        match config.section("rope_scaling")? {
+            Some(section) => Ok(Some(section)),
+            None => config.section("rope_parameters"),
+        }
     }
 
     fn read_scaling(&self, config: &Section, section: &Section, rules: RopeRules) -> Result<RopeScaling, DecoderError> {

@@ -71,15 +71,35 @@ fn all_of(fixture: &Fixture, windows: &[Vec<u32>], compute: &Compute) -> Vec<(St
         let residual = x.flatten(0, 1).unwrap();
         let heads = block.attn_out(&block.attn_in(&residual).unwrap(), &rope).unwrap();
         let middle_residual = block.after_attn(&residual, &heads).unwrap();
-        let middle = block.mlp_mid(&block.mlp_in(&middle_residual).unwrap()).unwrap();
-        let (after, output) = block.after_mlp_with_output(&middle_residual, &middle).unwrap();
-        named("output of down", &output);
-        named("segments", &after);
-        let kv_heads = fixture.kv_heads(index);
-        named("cache", &block.forward_through(&x, &rope, &ByHead(kv_heads)).unwrap());
-        named("engine", &block.forward_as_engine(&x, &rope, Some(&Coarse), Some(&ByHead(kv_heads))).unwrap());
+        let normed = block.mlp_in(&middle_residual).unwrap();
+        if block.spec().moe().is_some() {
+            assert!(block.mlp_mid(&normed).unwrap_err().to_string().contains("has experts"));
+            named("input of the experts", &normed);
+            let scores = block.router_scores(&normed).unwrap();
+            found.push((format!("block {index}, scores"), scores));
+        } else {
+            let middle = block.mlp_mid(&normed).unwrap();
+            let (after, output) = block.after_mlp_with_output(&middle_residual, &middle).unwrap();
+            named("output of down", &output);
+            named("segments", &after);
+        }
+        let mut named = |what: &str, y: &Tensor| found.push((format!("block {index}, {what}"), values(y)));
+        let by_head = fixture.kv_heads(index).map(ByHead);
+        let kv = by_head.as_ref().map(|kv| kv as &dyn KvTransform);
+        match kv {
+            Some(kv) => named("cache", &block.forward_through(&x, &rope, kv).unwrap()),
+            None => {
+                let error = block.forward_through(&x, &rope, &ByHead(1)).unwrap_err();
+                assert_eq!(error.kind(), lite_decoder::ErrorKind::Unsupported);
+                assert!(error.to_string().contains("latent attention"), "{error}");
+                let error = block.forward_differentiable(&x, &rope).unwrap_err();
+                assert_eq!(error.kind(), lite_decoder::ErrorKind::Unsupported, "{error}");
+            }
+        }
+        named("engine", &block.forward_as_engine(&x, &rope, Some(&Coarse), kv).unwrap());
         let (mut forward, mut observed) = (Recorder::default(), Recorder::default());
         let y = block.forward(&x, &rope, &mut forward).unwrap();
+        assert!(y.device().same_device(compute.device()), "the output left the device");
         named("forward", &y);
         block.observe(&x, &rope, &mut observed).unwrap();
         assert_eq!(forward.0, observed.0);

@@ -12,6 +12,18 @@ use serde_json::{Map, Value};
 
 /// Every case that must be there.
 pub(crate) const CASES: &[&str] = &[
+    "baichuan2",
+    "deepseek-v2",
+    "deepseek-v2-lite",
+    "deepseek-v3",
+    "gemma2",
+    "gemma3",
+    "gemma3-types",
+    "glm",
+    "glm4",
+    "glm4-moe",
+    "glm4-moe-mtp",
+    "granite",
     "internlm2",
     "internlm2-dynamic",
     "internlm3",
@@ -23,13 +35,21 @@ pub(crate) const CASES: &[&str] = &[
     "llama2",
     "llama3",
     "mistral",
+    "mistral-nemo",
+    "mixtral",
+    "olmo2",
     "phi3",
     "phi3-longrope",
     "phi3-partial",
+    "phi4-mini",
     "qwen2",
+    "qwen2-moe",
     "qwen2-sliding",
     "qwen2-yarn",
     "qwen3",
+    "qwen3-moe",
+    "starcoder2",
+    "starcoder2-plain",
 ];
 
 pub(crate) fn root() -> PathBuf {
@@ -113,9 +133,18 @@ impl Fixture {
         Block::load(&self.spec, index, &self.weights, compute).unwrap()
     }
 
-    pub(crate) fn kv_heads(&self, index: usize) -> usize {
-        let AttnSpec::Gqa(attn) = &self.spec.blocks[index].attn else { panic!("no key and value heads") };
-        attn.kv_heads
+    /// Key and value heads that a cache can be made of.
+    pub(crate) fn kv_heads(&self, index: usize) -> Option<usize> {
+        match &self.spec.blocks[index].attn {
+            AttnSpec::Gqa(attn) => Some(attn.kv_heads),
+            _ => None,
+        }
+    }
+
+    /// Whether a tensor belongs to a layer of multi-token prediction, which no forward pass reads.
+    pub(crate) fn is_mtp(&self, tensor: &str) -> bool {
+        let first = self.spec.blocks.len();
+        (first..first + self.spec.mtp_layers).any(|i| tensor.starts_with(&format!("model.layers.{i}.")))
     }
 
     pub(crate) fn embed(&self, windows: &[Vec<u32>]) -> Tensor {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
-use lite_decoder::{Block, DecoderError, Embedding, Head, InputId, NoTap, Role, Rope, Tap};
+use lite_decoder::{Block, DecoderError, Embedding, Head, InputId, NoTap, Role, Rope, Stream, Tap};
 
 use crate::fixture::{CASES, Fixture, Random, values};
 
@@ -31,12 +31,25 @@ fn a_tap_changes_nothing_and_sees_what_linears_read() {
             let tapped = block.forward(&x, &rope, &mut recorder).unwrap();
             assert_eq!(values(&tapped), values(&block.forward(&x, &rope, &mut NoTap).unwrap()), "{case}");
             let seen: BTreeMap<InputId, Tensor> = recorder.0.iter().cloned().collect();
-            assert_eq!((seen.len(), recorder.0.len()), (4, 4), "{case}: one call for each shared input");
-            for site in &block.spec().sites {
-                let x = &seen[&site.input];
-                assert_eq!(x.dims(), [windows.len() * windows[0].len(), site.in_features], "{case}");
+            assert_eq!(seen.len(), recorder.0.len(), "{case}: one call for each shared input");
+            let rows = windows.len() * windows[0].len();
+            let (inputs, mut routed) = (block.spec().inputs(), [0, 0]);
+            assert!(seen.keys().all(|input| inputs.contains_key(input)), "{case}");
+            for (input, width) in inputs {
+                let Some(x) = seen.get(&input) else {
+                    assert!(matches!(input.stream, Stream::ExpertIn(_) | Stream::ExpertMid(_)), "{case}: {input}");
+                    continue;
+                };
                 assert!(x.is_contiguous() && x.dtype() == DType::F32);
+                match input.stream {
+                    Stream::ExpertIn(_) => routed[0] += x.dim(0).unwrap(),
+                    Stream::ExpertMid(_) => routed[1] += x.dim(0).unwrap(),
+                    _ => assert_eq!(x.dim(0).unwrap(), rows, "{case}: {input}"),
+                }
+                assert_eq!(x.dim(1).unwrap(), width, "{case}: {input}");
             }
+            let top_k = block.spec().moe().map_or(0, |moe| moe.top_k);
+            assert_eq!(routed, [rows * top_k; 2], "{case}: every token passes its experts");
         }
     }
 }

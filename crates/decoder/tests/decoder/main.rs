@@ -3,6 +3,7 @@
 #![allow(clippy::print_stderr)]
 
 mod bad_configs;
+mod bad_experts;
 mod compute;
 mod fixture;
 mod folds;
@@ -10,3 +11,4 @@ mod forward;
 mod logits;
 mod published;
 mod source;
+mod support_table;

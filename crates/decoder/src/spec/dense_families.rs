@@ -1,0 +1,126 @@
+//! Families whose blocks are not quite Llama's: other norms, factors, nonlinearities, rotary embeddings.
+
+use super::families::{
+    Bias, FamilyInfo, LLAMA, LLAMA_NAMES, Names, NormRules, Positions, QkNorm, RMS, ROPE, RopeRules, Scales, Window,
+};
+use super::{Activation, GateUpLayout, NormKind, QkvLayout, RopePairing};
+
+pub(super) const GRANITE: FamilyInfo = FamilyInfo {
+    architecture: "GraniteForCausalLM",
+    model_type: "granite",
+    title: "Granite 3.x and 4.x (dense, without Mamba)",
+    scales: Scales::Granite,
+    ..LLAMA
+};
+
+pub(super) const OLMO2: FamilyInfo = FamilyInfo {
+    architecture: "Olmo2ForCausalLM",
+    model_type: "olmo2",
+    title: "OLMo 2",
+    names: Names {
+        attn_norm: None,
+        attn_out_norm: Some("post_attention_layernorm"),
+        mlp_norm: None,
+        mlp_out_norm: Some("post_feedforward_layernorm"),
+        ..LLAMA_NAMES
+    },
+    mlp_bias: Bias::Never,
+    qk_norm: QkNorm::AllHeads,
+    norm: NormRules { eps: 1e-5, ..RMS },
+    ..LLAMA
+};
+
+pub(super) const GLM: FamilyInfo = FamilyInfo {
+    architecture: "GlmForCausalLM",
+    model_type: "glm",
+    title: "GLM-4 9B (`-hf` checkpoints)",
+    names: Names { gate_up: Some(GateUpLayout::Stacked), gate_up_names: &["gate_up_proj"], ..LLAMA_NAMES },
+    qkv_bias: Bias::Key("attention_bias", true),
+    o_bias: Bias::Never,
+    mlp_bias: Bias::Never,
+    head_dim: Some(128),
+    kv_heads: Some(2),
+    norm: NormRules { eps: 1.5625e-7, ..RMS },
+    max_positions: Positions::Default(131_072),
+    rope: RopeRules { partial: Some(0.5), pairing: RopePairing::Neighbours, ..ROPE },
+    ..LLAMA
+};
+
+pub(super) const GLM4: FamilyInfo = FamilyInfo {
+    architecture: "Glm4ForCausalLM",
+    model_type: "glm4",
+    title: "GLM-4-0414 (9B, 32B), GLM-Z1",
+    names: Names {
+        attn_out_norm: Some("post_self_attn_layernorm"),
+        mlp_out_norm: Some("post_mlp_layernorm"),
+        ..GLM.names
+    },
+    ..GLM
+};
+
+pub(super) const GEMMA2: FamilyInfo = FamilyInfo {
+    architecture: "Gemma2ForCausalLM",
+    model_type: "gemma2",
+    title: "Gemma 2",
+    names: Names {
+        attn_out_norm: Some("post_attention_layernorm"),
+        mlp_norm: Some("pre_feedforward_layernorm"),
+        mlp_out_norm: Some("post_feedforward_layernorm"),
+        ..LLAMA_NAMES
+    },
+    mlp_bias: Bias::Never,
+    head_dim: Some(256),
+    kv_heads: Some(4),
+    norm: NormRules { kind: NormKind::RmsPlusOne, ..RMS },
+    activation: ("hidden_activation", Activation::GeluTanh),
+    tied: true,
+    scales: Scales::Gemma { attn_cap: Some(50.0), logits_cap: Some(30.0) },
+    max_positions: Positions::Default(8192),
+    window: Window::Alternating { period: 2, period_key: None, default: 4096 },
+    ..LLAMA
+};
+
+pub(super) const GEMMA3: FamilyInfo = FamilyInfo {
+    architecture: "Gemma3ForCausalLM",
+    model_type: "gemma3_text",
+    title: "Gemma 3 (text)",
+    qk_norm: QkNorm::EachHead,
+    scales: Scales::Gemma { attn_cap: None, logits_cap: None },
+    max_positions: Positions::Default(131_072),
+    window: Window::Alternating { period: 6, period_key: Some("sliding_window_pattern"), default: 4096 },
+    rope: RopeRules { theta: 1_000_000.0, local_theta: Some(10_000.0), ..ROPE },
+    ..GEMMA2
+};
+
+pub(super) const STARCODER2: FamilyInfo = FamilyInfo {
+    architecture: "Starcoder2ForCausalLM",
+    model_type: "starcoder2",
+    title: "StarCoder2",
+    names: Names { gate_up: None, gate_up_names: &["c_fc"], down: "c_proj", ..LLAMA_NAMES },
+    qkv_bias: Bias::Key("use_bias", true),
+    o_bias: Bias::Key("use_bias", true),
+    mlp_bias: Bias::Key("use_bias", true),
+    kv_heads: Some(2),
+    norm: NormRules { kind: NormKind::Layer, eps_key: "norm_epsilon", eps: 1e-5 },
+    activation: ("hidden_act", Activation::GeluTanh),
+    tied: true,
+    max_positions: Positions::Default(4096),
+    window: Window::AllLayers(None),
+    ..LLAMA
+};
+
+/// Not in transformers; from the code published with the model. The first Baichuan's 7B calls itself
+/// `BaiChuanForCausalLM`, so rotary positions under this name are Baichuan2's.
+pub(super) const BAICHUAN2: FamilyInfo = FamilyInfo {
+    architecture: "BaichuanForCausalLM",
+    model_type: "baichuan",
+    title: "Baichuan2 7B (not 13B, which uses ALiBi)",
+    names: Names { qkv: QkvLayout::Stacked, qkv_names: &["W_pack"], ..LLAMA_NAMES },
+    qkv_bias: Bias::Never,
+    o_bias: Bias::Never,
+    mlp_bias: Bias::Never,
+    normalised_head: true,
+    max_positions: Positions::OrElse("a number, which the 7B models have: those without use ALiBi positions"),
+    rope: RopeRules { types: &["default"], ..ROPE },
+    ..LLAMA
+};

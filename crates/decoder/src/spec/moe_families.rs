@@ -1,0 +1,145 @@
+//! The families with experts.
+
+use super::RopePairing;
+use super::families::{Bias, FamilyInfo, LLAMA, NormRules, Positions, QkNorm, RMS, ROPE, RopeRules, Window};
+use super::mla::MlaRules;
+use super::moe::{MoeRules, Routing, SharedWidth, Sparse};
+
+pub(super) const QWEN3_MOE: FamilyInfo = FamilyInfo {
+    architecture: "Qwen3MoeForCausalLM",
+    model_type: "qwen3_moe",
+    title: "Qwen3 MoE (30B-A3B, 235B-A22B, Coder)",
+    qkv_bias: Bias::Key("attention_bias", false),
+    o_bias: Bias::Key("attention_bias", false),
+    mlp_bias: Bias::Never,
+    qk_norm: QkNorm::EachHead,
+    kv_heads: Some(4),
+    max_positions: Positions::Default(32_768),
+    window: Window::Refused,
+    moe: Some(MoeRules {
+        module: "mlp",
+        parts: ["gate_proj", "up_proj", "down_proj"],
+        shared: None,
+        shared_gate: false,
+        experts: &["num_experts", "num_local_experts"],
+        intermediate: "moe_intermediate_size",
+        shared_width: SharedWidth::Times("n_shared_experts", 0),
+        routing: Routing::Softmax { normalize: None },
+        sparse: Sparse::Steps,
+    }),
+    ..LLAMA
+};
+
+pub(super) const QWEN2_MOE: FamilyInfo = FamilyInfo {
+    architecture: "Qwen2MoeForCausalLM",
+    model_type: "qwen2_moe",
+    title: "Qwen 1.5 and 2 MoE (A2.7B, 57B-A14B)",
+    qkv_bias: Bias::Key("qkv_bias", true),
+    o_bias: Bias::Never,
+    mlp_bias: Bias::Never,
+    kv_heads: Some(16),
+    max_positions: Positions::Default(32_768),
+    window: Window::Refused,
+    moe: Some(MoeRules {
+        module: "mlp",
+        parts: ["gate_proj", "up_proj", "down_proj"],
+        shared: Some("shared_expert"),
+        shared_gate: true,
+        experts: &["num_experts", "num_local_experts"],
+        intermediate: "moe_intermediate_size",
+        shared_width: SharedWidth::Key("shared_expert_intermediate_size"),
+        routing: Routing::Softmax { normalize: None },
+        sparse: Sparse::Steps,
+    }),
+    ..LLAMA
+};
+
+pub(super) const MIXTRAL: FamilyInfo = FamilyInfo {
+    architecture: "MixtralForCausalLM",
+    model_type: "mixtral",
+    title: "Mixtral 8x7B, 8x22B",
+    qkv_bias: Bias::Never,
+    o_bias: Bias::Never,
+    mlp_bias: Bias::Never,
+    kv_heads: Some(8),
+    norm: NormRules { eps: 1e-5, ..RMS },
+    max_positions: Positions::Default(131_072),
+    window: Window::AllLayers(None),
+    moe: Some(MoeRules {
+        module: "block_sparse_moe",
+        parts: ["w1", "w3", "w2"],
+        shared: None,
+        shared_gate: false,
+        experts: &["num_local_experts"],
+        intermediate: "intermediate_size",
+        shared_width: SharedWidth::Times("n_shared_experts", 0),
+        routing: Routing::Softmax { normalize: Some(true) },
+        sparse: Sparse::All,
+    }),
+    ..LLAMA
+};
+
+/// DeepSeek's experts, as DeepSeek-V2 has them.
+const DEEPSEEK_MOE: MoeRules = MoeRules {
+    module: "mlp",
+    parts: ["gate_proj", "up_proj", "down_proj"],
+    shared: Some("shared_experts"),
+    shared_gate: false,
+    experts: &["n_routed_experts", "num_experts", "num_local_experts"],
+    intermediate: "moe_intermediate_size",
+    shared_width: SharedWidth::Times("n_shared_experts", 2),
+    routing: Routing::SoftmaxGroups,
+    sparse: Sparse::AfterFirst(0),
+};
+
+pub(super) const GLM4_MOE: FamilyInfo = FamilyInfo {
+    architecture: "Glm4MoeForCausalLM",
+    model_type: "glm4_moe",
+    title: "GLM-4.5, GLM-4.5-Air, GLM-4.6 (text)",
+    qkv_bias: Bias::Key("attention_bias", false),
+    o_bias: Bias::Never,
+    mlp_bias: Bias::Never,
+    qk_norm: QkNorm::EachHeadIf("use_qk_norm"),
+    kv_heads: Some(8),
+    norm: NormRules { eps: 1e-5, ..RMS },
+    max_positions: Positions::Default(131_072),
+    rope: RopeRules { partial: Some(0.5), ..ROPE },
+    moe: Some(MoeRules {
+        shared_width: SharedWidth::Times("n_shared_experts", 1),
+        routing: Routing::SigmoidGroups { groups: (1, 1), scale: 1.0 },
+        sparse: Sparse::AfterFirst(1),
+        ..DEEPSEEK_MOE
+    }),
+    mtp: Some(1),
+    ..LLAMA
+};
+
+pub(super) const DEEPSEEK_V2: FamilyInfo = FamilyInfo {
+    architecture: "DeepseekV2ForCausalLM",
+    model_type: "deepseek_v2",
+    title: "DeepSeek-V2, V2.5, V2-Lite, Coder-V2",
+    qkv_bias: Bias::Key("attention_bias", false),
+    o_bias: Bias::Key("attention_bias", false),
+    mlp_bias: Bias::Key("mlp_bias", false),
+    rope: RopeRules { pairing: RopePairing::Neighbours, ..ROPE },
+    moe: Some(DEEPSEEK_MOE),
+    mla: Some(MlaRules { interleave: None }),
+    ..LLAMA
+};
+
+pub(super) const DEEPSEEK_V3: FamilyInfo = FamilyInfo {
+    architecture: "DeepseekV3ForCausalLM",
+    model_type: "deepseek_v3",
+    title: "DeepSeek-V3, V3.1, R1, Kimi K2",
+    mlp_bias: Bias::Never,
+    max_positions: Positions::Default(4096),
+    moe: Some(MoeRules {
+        shared_width: SharedWidth::Times("n_shared_experts", 1),
+        routing: Routing::SigmoidGroups { groups: (8, 4), scale: 2.5 },
+        sparse: Sparse::AfterFirst(3),
+        ..DEEPSEEK_MOE
+    }),
+    mla: Some(MlaRules { interleave: Some("rope_interleave") }),
+    mtp: Some(1),
+    ..DEEPSEEK_V2
+};

@@ -1,0 +1,204 @@
+//! Models that hold a decoder beside other parts: vision-language models. Their decoder is that of a known family, described
+//! in a section of config.json, under names of their own; everything else of them is nobody's business here.
+
+use super::config::Section;
+use super::families::{FamilyInfo, by_architecture, family};
+use crate::DecoderError;
+
+/// A model around a decoder.
+#[derive(Debug)]
+pub struct WrapperInfo {
+    /// The entry of `architectures`.
+    pub architecture: &'static str,
+    /// `model_type`.
+    pub model_type: &'static str,
+    /// Which models this covers, for people.
+    pub title: &'static str,
+    /// The section that describes the decoder.
+    section: &'static str,
+    /// Whether older files have no such section, and the decoder's keys at the top.
+    flat: bool,
+    /// The decoder's family; `None`: as the section says.
+    family: Option<&'static str>,
+    /// How the decoder's tensors may be called, the way they are published first.
+    styles: &'static [Style],
+}
+
+/// How the names of a decoder differ from those it has alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Style {
+    /// Not at all.
+    Alone,
+    /// `language_model.model.layers…`, `language_model.lm_head`.
+    Outside,
+    /// `model.language_model.layers…`, `lm_head`.
+    Inside,
+}
+
+impl Style {
+    /// A decoder's own name in this style.
+    pub(super) fn name(self, name: &str) -> String {
+        match (self, name.strip_prefix("model.")) {
+            (Self::Alone, _) | (Self::Inside, None) => name.to_owned(),
+            (Self::Outside, _) => format!("language_model.{name}"),
+            (Self::Inside, Some(rest)) => format!("model.language_model.{rest}"),
+        }
+    }
+}
+
+/// The known models around decoders.
+pub static WRAPPERS: &[WrapperInfo] = &[
+    WrapperInfo {
+        architecture: "Qwen2VLForConditionalGeneration",
+        model_type: "qwen2_vl",
+        title: "Qwen2-VL",
+        section: "text_config",
+        flat: true,
+        family: Some("Qwen2ForCausalLM"),
+        styles: &[Style::Alone, Style::Inside],
+    },
+    WrapperInfo {
+        architecture: "Qwen2_5_VLForConditionalGeneration",
+        model_type: "qwen2_5_vl",
+        title: "Qwen2.5-VL",
+        section: "text_config",
+        flat: true,
+        family: Some("Qwen2ForCausalLM"),
+        styles: &[Style::Alone, Style::Inside],
+    },
+    WrapperInfo {
+        architecture: "Qwen3VLForConditionalGeneration",
+        model_type: "qwen3_vl",
+        title: "Qwen3-VL (dense)",
+        section: "text_config",
+        flat: false,
+        family: Some("Qwen3ForCausalLM"),
+        styles: &[Style::Inside],
+    },
+    WrapperInfo {
+        architecture: "Gemma3ForConditionalGeneration",
+        model_type: "gemma3",
+        title: "Gemma 3 (with vision)",
+        section: "text_config",
+        flat: false,
+        family: Some("Gemma3ForCausalLM"),
+        styles: &[Style::Outside, Style::Inside],
+    },
+    WrapperInfo {
+        architecture: "InternVLChatModel",
+        model_type: "internvl_chat",
+        title: "InternVL2, 2.5 and 3",
+        section: "llm_config",
+        flat: false,
+        family: None,
+        styles: &[Style::Outside],
+    },
+    WrapperInfo {
+        architecture: "InternVLForConditionalGeneration",
+        model_type: "internvl",
+        title: "InternVL3 (`-hf` checkpoints)",
+        section: "text_config",
+        flat: false,
+        family: None,
+        styles: &[Style::Outside, Style::Inside],
+    },
+    WrapperInfo {
+        architecture: "LlavaForConditionalGeneration",
+        model_type: "llava",
+        title: "LLaVA 1.5 and what has its shape",
+        section: "text_config",
+        flat: false,
+        family: None,
+        styles: &[Style::Outside, Style::Inside],
+    },
+];
+
+/// Sizes that a section may leave out, because the family's configuration class has them as defaults.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sizes {
+    pub(super) hidden: usize,
+    pub(super) intermediate: usize,
+    pub(super) layers: usize,
+    pub(super) heads: usize,
+    pub(super) vocab: usize,
+}
+
+/// The defaults of transformers 5.17 by architecture.
+fn default_sizes(architecture: &str) -> Option<Sizes> {
+    let [hidden, intermediate, layers, heads, vocab] = match architecture {
+        "LlamaForCausalLM" => [4096, 11_008, 32, 32, 32_000],
+        "MistralForCausalLM" => [4096, 14_336, 32, 32, 32_000],
+        "Qwen2ForCausalLM" | "Qwen3ForCausalLM" => [4096, 22_016, 32, 32, 151_936],
+        "Gemma3ForCausalLM" => [2304, 9216, 26, 8, 262_208],
+        _ => return None,
+    };
+    Some(Sizes { hidden, intermediate, layers, heads, vocab })
+}
+
+/// Where a config.json describes its decoder.
+pub(super) struct Place<'a> {
+    pub(super) family: &'static FamilyInfo,
+    /// What describes the decoder.
+    pub(super) config: Section<'a>,
+    /// The whole file, if that is more.
+    pub(super) outer: Option<Section<'a>>,
+    pub(super) sizes: Option<Sizes>,
+    /// How its tensors may be called; never empty.
+    pub(super) styles: &'static [Style],
+}
+
+impl<'a> Place<'a> {
+    pub(super) fn find(config: Section<'a>) -> Result<Self, DecoderError> {
+        let named = match config.texts("architectures")?.as_deref() {
+            Some([one]) => WRAPPERS.iter().find(|w| w.architecture == *one),
+            None | Some([]) => {
+                config.text("model_type")?.and_then(|name| WRAPPERS.iter().find(|w| w.model_type == name))
+            }
+            Some(_) => None,
+        };
+        let Some(wrapper) = named else {
+            let styles = &[Style::Alone];
+            return Ok(Self { family: family(&config)?, config, outer: None, sizes: None, styles });
+        };
+        let section = config.section(wrapper.section)?;
+        if section.is_none() && !wrapper.flat {
+            return Err(config.wrong(wrapper.section, "an object that describes the decoder"));
+        }
+        let (inner, outer) = match section {
+            Some(section) => (section, Some(config)),
+            None => (config, None),
+        };
+        let family = match wrapper.family.and_then(by_architecture) {
+            Some(family) => family,
+            None => family(&inner)?,
+        };
+        let sizes = outer.and_then(|_| default_sizes(family.architecture));
+        Ok(Self { family, config: inner, outer, sizes, styles: wrapper.styles })
+    }
+
+    /// `key` of the decoder, or else of the whole file: what concerns both ends of the model.
+    pub(super) fn holder(&self, key: &str) -> Section<'a> {
+        match self.outer {
+            Some(outer) if self.config.get(key).is_none() => outer,
+            _ => self.config,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_follow_the_style() {
+        let own = ["model.layers.0.mlp", "model.norm", "lm_head"];
+        let all = |style: Style| own.map(|name| style.name(name));
+        assert_eq!(all(Style::Alone), own);
+        assert_eq!(
+            all(Style::Outside),
+            ["language_model.model.layers.0.mlp", "language_model.model.norm", "language_model.lm_head"]
+        );
+        assert_eq!(all(Style::Inside), ["model.language_model.layers.0.mlp", "model.language_model.norm", "lm_head"]);
+        assert!(WRAPPERS.iter().all(|w| !w.styles.is_empty() && w.family.is_none_or(|f| by_architecture(f).is_some())));
+    }
+}
