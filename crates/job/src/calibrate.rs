@@ -4,20 +4,21 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use lite_calib::Windows;
-use lite_decoder::{Block, BlockSpec, DecoderError, DecoderSpec, InputId, NoTap, Rope, Tap};
+use lite_decoder::{Block, BlockSpec, DecoderError, DecoderSpec, InputId, NoTap, Rope, Stream, Tap};
 use lite_model::{CheckpointWriter, Dtype};
 use lite_quant::{ScaleDtype, Weights};
 use lite_stats::{BlockStats, StatsTap};
 
 use crate::batches::Batch;
 use crate::check::{Expected, encode_edit};
-use crate::fold::{Edit, missing, tensor, to_vec};
+use crate::fold::{Edit, missing, round_biased_norms, tensor, to_vec};
 use crate::hidden::HiddenStates;
 use crate::journal::Journal;
-use crate::layer::{Drift, Folded, Solved, fold_block, folded_gram, solve_input};
+use crate::layer::{Drift, Folded, Solved, fold_block, folded_gram, nearest, solve_input};
+use crate::poor::PoorExperts;
 use crate::run::{LayerClock, Runner};
 use crate::source::ModelSource;
-use crate::{JobError, Method, Plan, QuantSite, SiteReport};
+use crate::{ExpertPolicy, JobError, Method, Plan, QuantSite, SiteReport};
 
 /// Largest change of a block's float output that folding may cause: f32 rounding, with room.
 const FOLD_TOLERANCE: f64 = 1e-4;
@@ -37,10 +38,45 @@ pub(crate) struct Sink<'a> {
 impl Sink<'_> {
     /// The reports, in the order of the plan.
     pub(crate) fn into_reports(mut self, plan: &Plan) -> Vec<SiteReport> {
-        let report =
-            |site: &QuantSite| self.reports.remove(&site.module).unwrap_or_else(|| SiteReport::new(site, None, None));
+        let report = |site: &QuantSite| {
+            self.reports.remove(&site.module).unwrap_or_else(|| SiteReport::new(site, crate::check::Outcome::default()))
+        };
         plan.sites.iter().map(report).collect()
     }
+}
+
+/// What was gathered at the inputs of one block.
+pub(crate) struct Gathered {
+    pub(crate) stats: BlockStats,
+    /// Tokens that reached each expert.
+    pub(crate) tokens: Vec<u64>,
+    pub(crate) poor: PoorExperts,
+}
+
+impl Gathered {
+    /// Statistics as they were read back, which say nothing of single experts.
+    pub(crate) fn from_stats(stats: BlockStats) -> Self {
+        Self { stats, tokens: Vec::new(), poor: PoorExperts::default() }
+    }
+
+    /// Adds to a linear that reads `input` what is known of its expert.
+    pub(crate) fn note(&self, input: InputId, solved: &mut Solved) {
+        if let Stream::ExpertIn(e) | Stream::ExpertMid(e) = input.stream {
+            solved.tokens = self.tokens.get(e as usize).copied();
+        }
+        if let Some(poor) = self.poor.at(input) {
+            solved.fallback = Some(poor.words());
+        }
+    }
+}
+
+/// Tokens that reached each expert of a block.
+pub(crate) fn expert_tokens(spec: &BlockSpec, stats: &BlockStats) -> Vec<u64> {
+    let tokens = |e| {
+        let input = InputId { block: spec.index, stream: Stream::ExpertIn(e) };
+        stats.get(input).map_or(0, |stats| stats.tokens)
+    };
+    (0..spec.moe().map_or(0, |moe| moe.experts) as u32).map(tokens).collect()
 }
 
 /// What every block of a run shares.
@@ -108,10 +144,10 @@ impl Runner<'_> {
             }
             let mut block = self.load_block(pass, source, index)?;
             clock.step(index, "calibrate");
-            let (stats, folded) = self.gather_and_fold(pass, &mut block, block_spec, &mut hidden, sink, &clock)?;
+            let (gathered, folded) = self.gather_and_fold(pass, &mut block, block_spec, &mut hidden, sink, &clock)?;
             clock.step(index, "round");
-            let errors = self.solve_gathered(index, &mut block, &stats, &folded, sink)?;
-            drop(stats);
+            let errors = self.solve_gathered(index, &mut block, &gathered, &folded, sink)?;
+            drop(gathered);
             self.calibrate_cache(pass, &block, &hidden, sink)?;
             sink.finish_block(index)?;
             // The last block's outputs feed nothing.
@@ -131,7 +167,7 @@ impl Runner<'_> {
         &self,
         index: usize,
         block: &mut Block,
-        stats: &BlockStats,
+        gathered: &Gathered,
         folded: &Folded,
         sink: &mut Sink<'_>,
     ) -> Result<Vec<f64>, JobError> {
@@ -139,11 +175,18 @@ impl Runner<'_> {
         for (input, sites) in by_input(self.plan, index) {
             self.go_on()?;
             // One Gram matrix is copied at a time.
-            let gram = folded_gram(stats, folded, input)
+            let gram = folded_gram(&gathered.stats, folded, input)
                 .ok_or_else(|| JobError::Input(format!("no statistics were gathered for {input}")))?;
             let weights = self.weights(block, &sites)?;
-            let solved = solve_input(&weights, &gram, Drift::None, self.plan)?;
+            let poor = gathered.poor.at(input);
+            let mut solved = match poor {
+                Some(poor) if poor.policy == ExpertPolicy::Nearest => nearest(&weights, self.plan)?,
+                _ => solve_input(&weights, &gram, Drift::None, self.plan)?,
+            };
             drop(weights);
+            for solved in &mut solved {
+                gathered.note(input, solved);
+            }
             for (site, solved) in sites.iter().zip(&solved) {
                 self.place(block, site, &solved.quantized.dequantize())?;
                 self.finish_site(site, solved, sink)?;
@@ -160,7 +203,8 @@ impl Runner<'_> {
         source: &ModelSource<'_>,
         index: usize,
     ) -> Result<Block, JobError> {
-        let block = Block::load(pass.spec, index, source, &self.plan.device)?;
+        let mut block = Block::load(pass.spec, index, source, &self.plan.device)?;
+        round_biased_norms(&mut block, &|name| pass.storage(name))?;
         let names: Vec<String> =
             pass.spec.tensors().into_iter().filter(|t| t.block == Some(index)).map(|t| t.name).collect();
         self.checkpoint.release(names.iter().map(String::as_str));
@@ -176,16 +220,19 @@ impl Runner<'_> {
         hidden: &mut HiddenStates,
         sink: &mut Sink<'_>,
         clock: &LayerClock<'_>,
-    ) -> Result<(BlockStats, Folded), JobError> {
+    ) -> Result<(Gathered, Folded), JobError> {
         let mut tap = StatsTap::new(block_spec);
         self.observe(hidden, pass, block, &mut tap)?;
-        let stats = tap.finish()?;
+        let mut stats = tap.finish()?;
+        let tokens = expert_tokens(block_spec, &stats);
+        let poor = self.enrich(pass, block, hidden, &mut stats)?;
+        let gathered = Gathered { stats, tokens, poor };
         if self.plan.folds[block_spec.index].is_empty() {
-            return Ok((stats, Folded::default()));
+            return Ok((gathered, Folded::default()));
         }
         let first = self.windows(hidden, 0, 1, pass.spec.hidden)?;
-        let folded = self.fold_gathered(pass, block, block_spec, &stats, &first, sink, clock)?;
-        Ok((stats, folded))
+        let folded = self.fold_gathered(pass, block, block_spec, &gathered.stats, &first, sink, clock)?;
+        Ok((gathered, folded))
     }
 
     /// Finds scales, folds, asserts on `probe` (`(1, tokens, hidden)`) that folding changed nothing, and writes the
@@ -245,7 +292,7 @@ impl Runner<'_> {
     /// Writes a solved linear and notes how it went.
     pub(crate) fn finish_site(&self, site: &QuantSite, solved: &Solved, sink: &mut Sink<'_>) -> Result<(), JobError> {
         let weights = Weights::Int(solved.quantized.clone());
-        self.finish_linear(site, &weights, None, solved.error, solved.fallback.clone(), sink)
+        self.finish_linear(site, &weights, None, solved.outcome(), sink)
     }
 
     /// Room for one vector of `width` per calibration token, in memory or in a file.

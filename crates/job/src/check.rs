@@ -26,11 +26,22 @@ pub struct SiteReport {
     pub error: Option<f64>,
     /// What the solver had to do instead of what was asked, in words.
     pub fallback: Option<String>,
+    /// Calibration tokens that reached it, where a router decides that.
+    pub tokens: Option<u64>,
+}
+
+/// How the quantization of a linear went.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Outcome {
+    pub(crate) error: Option<f64>,
+    pub(crate) fallback: Option<String>,
+    pub(crate) tokens: Option<u64>,
 }
 
 impl SiteReport {
-    pub(crate) fn new(site: &QuantSite, error: Option<f64>, fallback: Option<String>) -> Self {
-        Self { module: site.module.clone(), block: site.block, error, fallback }
+    pub(crate) fn new(site: &QuantSite, outcome: Outcome) -> Self {
+        let Outcome { error, fallback, tokens } = outcome;
+        Self { module: site.module.clone(), block: site.block, error, fallback, tokens }
     }
 }
 

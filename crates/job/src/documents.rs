@@ -28,7 +28,7 @@ impl Finished<'_> {
     /// # Errors
     /// [`JobError::Io`] if the folder cannot be listed.
     pub fn kept(&self, name: &str) -> Result<Option<(String, String)>, JobError> {
-        kept(self.staging, name)
+        kept_name(self.staging, name)
     }
 }
 
@@ -38,21 +38,33 @@ pub type Documents<'a> = &'a dyn Fn(&Finished<'_>) -> Result<Vec<(String, Vec<u8
 
 /// Writes the documents into the staging folder.
 pub(crate) fn write_documents(finished: &Finished<'_>, documents: Documents<'_>) -> Result<(), JobError> {
-    for (name, text) in documents(finished)? {
-        make_way(finished.staging, &name)?;
-        atomic_write(&finished.staging.join(&name), &text)?;
-    }
-    Ok(())
+    documents(finished)?.iter().try_for_each(|(name, text)| write_document(finished.staging, name, text))
 }
 
-fn make_way(staging: &Path, name: &str) -> Result<(), JobError> {
-    let Some((old, free)) = kept(staging, name)? else { return Ok(()) };
+/// Writes one document into a staging folder; a file in its way is kept under the name that [`kept_name`] says.
+///
+/// # Errors
+/// [`JobError::Io`] and [`JobError::Model`].
+pub fn write_document(staging: &Path, name: &str, text: &[u8]) -> Result<(), JobError> {
+    set_aside(staging, name)?;
+    Ok(atomic_write(&staging.join(name), text)?)
+}
+
+/// Gives a file in the way of a document another name.
+///
+/// # Errors
+/// [`JobError::Io`].
+pub fn set_aside(staging: &Path, name: &str) -> Result<(), JobError> {
+    let Some((old, free)) = kept_name(staging, name)? else { return Ok(()) };
     let from = staging.join(old);
     std::fs::rename(&from, staging.join(free)).map_err(JobError::io("rename", &from))
 }
 
-/// As [`Finished::kept`].
-fn kept(staging: &Path, name: &str) -> Result<Option<(String, String)>, JobError> {
+/// As [`Finished::kept`], in any folder.
+///
+/// # Errors
+/// [`JobError::Io`] if the folder cannot be listed.
+pub fn kept_name(staging: &Path, name: &str) -> Result<Option<(String, String)>, JobError> {
     let taken = entries(staging)?;
     let found = |name: &str| taken.iter().find(|taken| taken.eq_ignore_ascii_case(name));
     let Some(old) = found(name) else { return Ok(None) };
@@ -74,8 +86,8 @@ mod tests {
         for name in ["readme.MD", "README.base.md", "config.json"] {
             fs::write(dir.path().join(name), name).unwrap();
         }
-        make_way(dir.path(), "README.md").unwrap();
-        make_way(dir.path(), "report.json").unwrap();
+        set_aside(dir.path(), "README.md").unwrap();
+        set_aside(dir.path(), "report.json").unwrap();
         assert_eq!(entries(dir.path()).unwrap(), ["README.base.2.md", "README.base.md", "config.json"]);
         assert_eq!(fs::read_to_string(dir.path().join("README.base.2.md")).unwrap(), "readme.MD");
     }

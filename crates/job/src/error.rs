@@ -138,6 +138,22 @@ pub enum JobError {
         /// Why not.
         source: GptqError,
     },
+    /// Experts that too few tokens reach, where nothing may stand for their statistics.
+    #[error(
+        "block {block}: {count} of {experts} experts got fewer than {wanted} calibration tokens ({named}); give more or longer windows (--calib-samples, --calib-seqlen), another --expert-policy, or a smaller --min-expert-tokens"
+    )]
+    PoorExperts {
+        /// Block index.
+        block: usize,
+        /// Poor ones.
+        count: usize,
+        /// All of them.
+        experts: usize,
+        /// Tokens that are enough.
+        wanted: u64,
+        /// The first of them, with their tokens.
+        named: String,
+    },
     /// A block could not be tuned.
     #[error("block {block}: {reason}")]
     Tune {
@@ -184,7 +200,9 @@ impl JobError {
             Self::Unsupported(_) | Self::Target { .. } => ErrorKind::Unsupported,
             Self::Resources(_) => ErrorKind::Resources,
             Self::State(_) => ErrorKind::State,
-            Self::Verification(_) | Self::Runtime(_) | Self::Fold { .. } => ErrorKind::Verification,
+            Self::Verification(_) | Self::Runtime(_) | Self::Fold { .. } | Self::PoorExperts { .. } => {
+                ErrorKind::Verification
+            }
             Self::Interrupted(_) => ErrorKind::Interrupted,
             Self::Stopped { source, .. } => source.kind(),
             Self::Io { .. } => ErrorKind::Io,

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use lite_decoder::BlockSpec;
+use lite_decoder::{BlockSpec, Role};
 use lite_quant::WeightScheme;
 use lite_stats::StatsTap;
 
 use crate::batches::IN_FLIGHT;
+use crate::layer::SEARCHED_ROWS;
+use crate::limits::BATCH_TOKENS;
 use crate::{QuantSite, Rounding, Solver};
 
 /// Memory of a run, bytes. The peak does not depend on the number of blocks.
@@ -29,7 +31,7 @@ pub struct MemoryEstimate {
     pub activations: u64,
     /// Copies while scales are searched and codes are chosen.
     pub solve: u64,
-    /// The final comparison: three blocks, two streams, a slice of the head.
+    /// The final comparison: two blocks, two streams, two batches.
     pub check: u64,
 }
 
@@ -62,8 +64,19 @@ impl Work {
     }
 }
 
-/// Program, thread stacks and tokenizer tables.
-const BASE: u64 = 48 << 20;
+/// The share of all tokens that a linear sees: those of a routed expert see their part.
+fn share(block: &BlockSpec, role: Role) -> f64 {
+    match (block.moe(), role) {
+        (Some(moe), Role::Expert(..)) => moe.top_k as f64 / moe.experts as f64,
+        _ => 1.0,
+    }
+}
+
+/// Program and thread stacks.
+const BASE: u64 = 46 << 20;
+/// What a forward pass brings besides: the tokenizer's tables, buffers of the products, and what the allocator keeps.
+/// Measured, on models of 6 and 43 million parameters.
+const PASSES: u64 = 44 << 20;
 
 /// Panels read ahead, panels in f32, parts of plain tensors of two files.
 const STREAMED: u64 = 192 << 20;
@@ -129,13 +142,17 @@ impl Costs<'_> {
             .iter()
             .flat_map(|b| &b.folds)
             .map(|fold| {
-                let ids = &fold.consumers;
-                let of = |s: &&QuantSite| s.site.is_some_and(|id| ids.contains(&id));
-                self.sites.iter().filter(of).map(|s| s.out_features as u64 * s.in_features as u64).sum::<u64>()
+                let sites = fold.consumers.iter().filter_map(|id| self.blocks.get(id.block)?.site(id.role));
+                let (mut rows, mut width) = (0, 0);
+                sites.for_each(|s| (rows, width) = (rows + s.out_features, s.in_features));
+                // Of more rows than that a search looks at a sample.
+                rows.min(SEARCHED_ROWS) as u64 * width as u64
             })
             .max()
             .unwrap_or(0);
-        let solve = (largest * 15).max(consumers * 13) + if calibrated && self.grams { widest * widest * 4 } else { 0 };
+        // A solver without a fold before it copies no consumers.
+        let folded = if self.search || !self.solver.error_aware { consumers * 13 } else { 0 };
+        let solve = (largest * 15).max(folded) + if calibrated && self.grams { widest * widest * 4 } else { 0 };
         let tokens = |windows: usize, seqlen: usize| windows as u64 * seqlen as u64;
         let per_token = self.activation_values() * 4;
         let check_tokens = tokens(self.eval_windows, self.eval_seqlen);
@@ -144,9 +161,10 @@ impl Costs<'_> {
         } else {
             block * (8 + self.source_bytes_per_weight)
                 + largest * 5
-                + 3 * check_tokens * self.hidden as u64 * 4
-                + tokens(self.batch.max(1), self.seqlen.max(1)).min(check_tokens.max(1)) * per_token
-                + (self.vocab as u64).min(8192) * self.hidden as u64 * 8
+                // Both streams, and the batches at work on them.
+                + check_tokens * self.hidden as u64 * 10
+                + self.check_batch().min(check_tokens) * per_token
+                + if calibrated { 0 } else { PASSES }
         };
         let solves = self.solver.rounding != Rounding::Nearest;
         // The factor, its order and two copies on the way to it; the float target.
@@ -156,6 +174,8 @@ impl Costs<'_> {
             self.blocks.iter().flat_map(|b| b.site(lite_decoder::Role::O)).map(|s| s.in_features).max().unwrap_or(0);
         let stores = match (self.solver.error_aware, self.solver.tune) {
             (false, _) => self.hidden,
+            // With experts both streams also keep what their routers see.
+            (true, false) if self.blocks.iter().any(|b| b.moe().is_some()) => 2 * (2 * self.hidden + heads),
             (true, false) => 2 * (self.hidden + heads),
             (true, true) => 3 * self.hidden + 2 * heads,
         } as u64;
@@ -173,14 +193,14 @@ impl Costs<'_> {
             // parts. fp8 codes are read as a whole: their codes and values.
             let coded = if self.source_bytes_per_weight == 1 { 5 } else { 0 };
             return MemoryEstimate {
-                base: BASE + STREAMED.min(largest * 16),
-                solve: largest * (4 + coded),
+                base: BASE,
+                solve: largest * (4 + coded) + STREAMED.min(largest * 16),
                 check,
                 ..MemoryEstimate::default()
             };
         }
         MemoryEstimate {
-            base: BASE,
+            base: BASE + PASSES,
             block,
             grams: if calibrated { grams } else { 0 },
             hidden: tokens(self.windows, self.seqlen) * stores * 4,
@@ -192,10 +212,17 @@ impl Costs<'_> {
         }
     }
 
+    /// Tokens that the final comparison works on at a time: two batches of [`crate::Plan::batch_for`].
+    fn check_batch(&self) -> u64 {
+        let usual = (self.batch * self.seqlen.max(1)).max(BATCH_TOKENS) as u64;
+        let window = self.eval_seqlen.max(1) as u64;
+        2 * window * usual.div_ceil(2 * window)
+    }
+
     /// Values alive per token inside a block: residual, normed input, the widest pair of intermediates.
     fn activation_values(&self) -> u64 {
         let outputs: u64 = self.blocks.first().map_or(0, |block| {
-            block.sites.iter().map(|s| s.out_features as u64).sum::<u64>()
+            block.sites.iter().map(|s| (s.out_features as f64 * share(block, s.id.role)) as u64).sum::<u64>()
                 + block.sites.iter().map(|s| s.in_features as u64).max().unwrap_or(0)
         });
         outputs + 4 * self.hidden as u64
@@ -208,6 +235,9 @@ impl Costs<'_> {
         let eval = (self.eval_windows * self.eval_seqlen) as f64;
         for site in self.sites {
             let (n, k) = (site.out_features as f64, site.in_features as f64);
+            let role = site.site.map(|id| id.role);
+            let share = role.zip(self.blocks.get(site.block)).map_or(1.0, |(role, block)| share(block, role));
+            let (tokens, eval) = (tokens * share, eval * share);
             if tokens > 0.0 {
                 // Once for the statistics, once through the quantized block.
                 let passes = if self.solver.error_aware { 3.0 } else { 2.0 };
@@ -232,8 +262,10 @@ impl Costs<'_> {
             }
         }
         for block in self.blocks {
-            let widths: BTreeMap<_, f64> = block.sites.iter().map(|s| (s.input, s.in_features as f64)).collect();
-            for k in widths.values().filter(|_| self.grams) {
+            let share_of = |s: &lite_decoder::Site| (s.in_features as f64, share(block, s.id.role));
+            let widths: BTreeMap<_, (f64, f64)> = block.sites.iter().map(|s| (s.input, share_of(s))).collect();
+            for (k, share) in widths.values().filter(|_| self.grams) {
+                let tokens = tokens * share;
                 work.gram += tokens * k * k * if self.solver.error_aware { 3.0 } else { 1.0 };
                 if self.search && tokens > 0.0 {
                     work.solve += 39.0 * 2.0 * 512.0 * k * k;

@@ -5,7 +5,7 @@
 //! unchanged up to f32 rounding, and not up to bfloat16 rounding of every norm weight.
 
 use candle_core::{Device, Tensor};
-use lite_decoder::{Block, BlockSpec, Fold, Producer, Role, with_cpu_slice};
+use lite_decoder::{Block, BlockSpec, Fold, NormKind, Producer, Role, with_cpu_slice};
 use lite_linalg::scale_columns;
 use lite_quant::ScaleDtype;
 
@@ -18,11 +18,12 @@ pub(crate) struct Edit {
     pub(crate) values: Vec<f32>,
 }
 
-/// What cannot be rescaled exactly keeps scale 1: channels whose norm weight is zero.
+/// What cannot be rescaled exactly keeps scale 1: channels that their norm multiplies by zero.
 pub(crate) fn frozen_channels(block: &Block, fold: &Fold) -> Result<Option<Vec<bool>>, JobError> {
     match &fold.producer {
-        Producer::Norm { weight, .. } => {
-            Ok(Some(vector(block, weight)?.iter().map(|w| *w == 0.0 || !w.is_finite()).collect()))
+        Producer::Norm { weight, kind, .. } => {
+            let frozen = |w: &f32| kind.factor(*w) == 0.0 || !w.is_finite();
+            Ok(Some(vector(block, weight)?.iter().map(frozen).collect()))
         }
         Producer::Rows { .. } => Ok(None),
     }
@@ -38,9 +39,9 @@ pub(crate) fn apply(
     storage: &dyn Fn(&str) -> ScaleDtype,
 ) -> Result<(Vec<f32>, Vec<Edit>), JobError> {
     let (effective, edits) = match &fold.producer {
-        Producer::Norm { weight, bias } => {
+        Producer::Norm { weight, bias, kind } => {
             let old = vector(block, weight)?;
-            let (new, effective) = divide(&old, scales, storage(weight));
+            let (new, effective) = divide(&old, scales, storage(weight), *kind);
             let mut edits = vec![Edit { tensor: weight.clone(), values: new }];
             if let Some(bias) = bias {
                 let dtype = storage(bias);
@@ -59,7 +60,7 @@ pub(crate) fn apply(
             if let Some(bias) = block.bias(site.role) {
                 let name = format!("{}.bias", producer.module);
                 let old = to_vec(bias)?;
-                let (new, effective) = divide(&old, &per_row, storage(&name));
+                let (new, effective) = divide(&old, &per_row, storage(&name), NormKind::Rms);
                 per_row = effective;
                 edits.push(Edit { tensor: name, values: new });
             }
@@ -75,9 +76,16 @@ pub(crate) fn apply(
             (rows.iter().map(|&row| per_row[row as usize]).collect(), edits)
         }
     };
+    let mut edits = edits;
+    for name in &fold.plain_consumers {
+        let values = scale_columns(&vector(block, name)?, &effective);
+        let dtype = storage(name);
+        edits.push(Edit { tensor: name.clone(), values: values.into_iter().map(|v| dtype.round(v)).collect() });
+    }
     for edit in &edits {
         let device = block.device().clone();
-        let value = tensor(edit.values.clone(), &[edit.values.len()], &device)?;
+        let shape = block.vector(&edit.tensor).map_or_else(|| vec![edit.values.len()], |old| old.dims().to_vec());
+        let value = tensor(edit.values.clone(), &shape, &device)?;
         match spec.sites.iter().find(|s| edit.tensor.strip_suffix(".bias") == Some(&s.module)) {
             Some(site) => block.set_bias(site.id.role, value)?,
             None => block.set_vector(&edit.tensor, value)?,
@@ -92,17 +100,55 @@ pub(crate) fn apply(
     Ok((effective, edits))
 }
 
-/// `old / s` in its storage type, and the `s` that this division really was. A value that would round to
-/// zero, or is zero, keeps `s` as it is only if that loses nothing.
-fn divide(old: &[f32], scales: &[f32], dtype: ScaleDtype) -> (Vec<f32>, Vec<f32>) {
+/// The powers of two nearest to `scales`, where something reads the input that is stored in 16 bits and is not quantized
+/// (a router): times a power of two it stays what it is, so that every token goes where it went. The same where a norm has
+/// a bias: no other scale leaves both weight and bias what they are in 16 bits.
+pub(crate) fn storable(fold: &Fold, mut scales: Vec<f32>) -> Vec<f32> {
+    let biased = matches!(fold.producer, Producer::Norm { bias: Some(_), .. });
+    if biased || !fold.plain_consumers.is_empty() {
+        scales.iter_mut().for_each(|s| *s = s.log2().round().exp2());
+    }
+    scales
+}
+
+/// Rounds weight and bias of norms with a bias to their types in the output, as writing them will: what is lost there no
+/// scale can make up for, and powers of two ([`storable`]) then lose nothing more.
+pub(crate) fn round_biased_norms(block: &mut Block, storage: &dyn Fn(&str) -> ScaleDtype) -> Result<(), JobError> {
+    let biased = block.spec().norms.all().filter(|norm| norm.bias.is_some());
+    let names: Vec<String> = biased.flat_map(|norm| norm.tensors().cloned()).collect();
+    for name in names {
+        let dtype = storage(&name);
+        let rounded: Vec<f32> = vector(block, &name)?.into_iter().map(|v| dtype.round(v)).collect();
+        let (shape, device) = ([rounded.len()], block.device().clone());
+        block.set_vector(&name, tensor(rounded, &shape, &device)?)?;
+    }
+    Ok(())
+}
+
+/// Notes for every linear that reads what `fold` rescales by how much its input was divided.
+pub(crate) fn note_scales(
+    noted: &mut std::collections::BTreeMap<lite_decoder::InputId, Vec<f32>>,
+    spec: &BlockSpec,
+    fold: &Fold,
+    effective: &[f32],
+) {
+    let inputs = fold.consumers.iter().filter_map(|id| spec.site(id.role)).map(|site| site.input);
+    for input in inputs.chain([fold.input]) {
+        noted.entry(input).or_insert_with(|| effective.to_vec());
+    }
+}
+
+/// Weights whose factors (`kind`) are `old`'s over `s`, in their storage type, and the `s` that this division really
+/// was. A value that would round to zero, or is zero, keeps `s` as it is only if that loses nothing.
+fn divide(old: &[f32], scales: &[f32], dtype: ScaleDtype, kind: NormKind) -> (Vec<f32>, Vec<f32>) {
     old.iter()
         .zip(scales)
         .map(|(&old, &scale)| {
-            if old == 0.0 {
+            if kind.factor(old) == 0.0 {
                 return (old, scale);
             }
-            let new = dtype.round(old / scale);
-            let effective = old / new;
+            let new = dtype.round(kind.rescaled(old, scale));
+            let effective = kind.factor(old) / kind.factor(new);
             if new.is_finite() && effective.is_normal() && effective > 0.0 { (new, effective) } else { (old, 1.0) }
         })
         .unzip()
@@ -134,7 +180,7 @@ mod tests {
         let old = [0.731f32, -1.5, 0.0, 3e-39, 1e30];
         let scales = [1.37f32, 0.003, 2.0, 1e5, 1e-30];
         for dtype in [ScaleDtype::F16, ScaleDtype::BF16] {
-            let (new, effective) = divide(&old, &scales, dtype);
+            let (new, effective) = divide(&old, &scales, dtype, NormKind::Rms);
             for i in 0..old.len() {
                 let unchanged = new[i] == old[i];
                 assert!(unchanged || dtype.round(new[i]) == new[i]);
@@ -142,6 +188,24 @@ mod tests {
                 assert!(effective[i] > 0.0);
             }
             assert_eq!(effective[2], 2.0, "a zero stays zero under any scale");
+        }
+    }
+
+    #[test]
+    fn distances_from_one_are_divided_as_factors() {
+        let old = [0.731f32, -0.5, 0.0, -1.0, 3.0, -0.9961];
+        let scales = [1.37f32, 0.003, 2.0, 7.0, 40.0, 1e6];
+        for dtype in [ScaleDtype::F16, ScaleDtype::BF16] {
+            let (new, effective) = divide(&old, &scales, dtype, NormKind::RmsPlusOne);
+            for i in 0..old.len() {
+                assert!(new[i] == old[i] || dtype.round(new[i]) == new[i]);
+                let (found, wanted) = ((1.0 + new[i]) * effective[i], 1.0 + old[i]);
+                assert!((found - wanted).abs() <= wanted.abs() * 1e-6, "{i}: {found} {wanted}");
+                assert!(effective[i] > 0.0);
+            }
+            assert_eq!((new[3], effective[3]), (-1.0, 7.0), "what is multiplied by zero bears any scale");
+            // (1 − 0.9961) / 10⁶ − 1 is −1 in sixteen bits: the channel would be lost.
+            assert_eq!((new[5], effective[5]), (old[5], 1.0));
         }
     }
 }

@@ -85,6 +85,12 @@ pub fn calibrate(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) 
     let checkpoint = Checkpoint::open(&model)?;
     refuse_quantized(&checkpoint)?;
     let spec = known_decoder(&checkpoint)?;
+    if spec.blocks.iter().any(|block| block.moe().is_some()) {
+        return Err(JobError::Unsupported(
+            "a model with experts: statistics of every expert would take more room than the model; run the method itself, which gathers them expert by expert"
+                .to_owned(),
+        ));
+    }
     let mut words = Words { notes: Vec::new(), warnings: checkpoint.warnings.clone() };
     let device = device(recipe, &mut words.notes)?;
     let plan = plan(recipe, &checkpoint, &spec, &mut words)?;

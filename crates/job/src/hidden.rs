@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use lite_decoder::with_cpu_slice;
+use lite_decoder::{scatter, with_cpu_slice};
 
 use crate::JobError;
 use crate::batches::Batch;
@@ -83,6 +83,44 @@ impl HiddenStates {
         with_cpu_slice(values, |values| self.write(first, values))?
     }
 
+    /// Single rows of `width` values, counted over all windows, one after the other.
+    pub(crate) fn rows(&self, rows: &[u32], width: usize) -> Result<Vec<f32>, JobError> {
+        let mut out = Vec::with_capacity(rows.len() * width);
+        match &self.storage {
+            Storage::Memory(values) => {
+                rows.iter().for_each(|row| out.extend_from_slice(&values[*row as usize * width..][..width]));
+            }
+            Storage::Spool { file, path } => {
+                let mut bytes = vec![0u8; width * 4];
+                for row in rows {
+                    let start = u64::from(*row) * width as u64 * 4;
+                    file.read_exact_at(&mut bytes, start).map_err(JobError::io("read the spool file", path))?;
+                    out.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// Adds `values`, times the weight of each row, to single rows.
+    pub(crate) fn add_rows(&mut self, rows: &[u32], weights: &[f32], values: &[f32]) -> Result<(), JobError> {
+        let width = values.len() / rows.len().max(1);
+        if let Storage::Memory(all) = &mut self.storage {
+            scatter(all, width, values, rows, weights);
+            return Ok(());
+        }
+        let mut sums = self.rows(rows, width)?;
+        let places: Vec<u32> = (0..rows.len() as u32).collect();
+        scatter(&mut sums, width, values, &places, weights);
+        let Storage::Spool { file, path } = &self.storage else { return Ok(()) };
+        for (row, sum) in rows.iter().zip(sums.chunks_exact(width.max(1))) {
+            let bytes: Vec<u8> = sum.iter().flat_map(|v| v.to_le_bytes()).collect();
+            let start = u64::from(*row) * width as u64 * 4;
+            file.write_all_at(&bytes, start).map_err(JobError::io("write the spool file", path))?;
+        }
+        Ok(())
+    }
+
     /// Replaces the values of the windows from `first` on.
     pub(crate) fn write(&mut self, first: usize, values: &[f32]) -> Result<(), JobError> {
         let start = first * self.window_values;
@@ -114,6 +152,18 @@ mod tests {
             assert_eq!(stores[0].read(first, 2).unwrap(), stores[1].read(first, 2).unwrap());
         }
         assert_eq!(stores[1].read(2, 1).unwrap()[0], 7.0 * 0.3);
+        let added: Vec<Vec<f32>> = stores
+            .iter_mut()
+            .map(|store| {
+                store.add_rows(&[2, 0], &[0.5, 2.0], &(0..14).map(|v| v as f32).collect::<Vec<_>>()).unwrap();
+                store.rows(&[0, 1, 2, 2], 7).unwrap()
+            })
+            .collect();
+        assert_eq!(added[0], added[1]);
+        assert_eq!(
+            (added[0][1], added[0][8], added[0][14], added[0][22]),
+            (16.0, 1.0 * 0.3, 7.0 * 0.3, 8.0 * 0.3 + 0.5)
+        );
         assert!(!path.exists());
     }
 }

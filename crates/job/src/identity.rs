@@ -6,12 +6,14 @@
 //! final check.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
 
 use lite_calib::Windows;
 use lite_model::Checkpoint;
 use sha2::{Digest, Sha256};
 
-use crate::{JobError, Plan, Recipe};
+use crate::texts::{TextCache, Texts};
+use crate::{JobError, Observer, Plan, Recipe};
 
 /// Tensors up to this size are read as a whole.
 const WHOLE: usize = 1 << 20;
@@ -31,7 +33,7 @@ pub(crate) fn identity(
     recipe: &Recipe,
     plan: &Plan,
     checkpoint: &Checkpoint,
-    windows: &Windows,
+    windows: Option<&Windows>,
 ) -> Result<Identity, JobError> {
     // A new setting has to be put on one side or the other.
     let Recipe {
@@ -52,6 +54,7 @@ pub(crate) fn identity(
         batch_size: _,
         method,
         solver,
+        experts,
         overrides,
         ignore,
         scheme,
@@ -74,6 +77,7 @@ pub(crate) fn identity(
     put("model", model_digest(checkpoint)?);
     put("method", format!("{method:?}"));
     put("solver", format!("{solver:?}"));
+    put("experts", format!("{experts:?}"));
     put("override", format!("{overrides:?}"));
     put("ignore", format!("{ignore:?}"));
     put("scheme", format!("{scheme:?}"));
@@ -86,8 +90,13 @@ pub(crate) fn identity(
     put("dtype", format!("{dtype:?}"));
     put("layout", plan.layout.name().to_owned());
     put("target", target.map_or("none", |target| target.name()).to_owned());
-    put("calibration text", format!("{} ({})", windows.source.description, windows.digest));
-    put("calib-samples", windows.tokens.len().to_string());
+    let text = match (&plan.statistics, windows) {
+        (Some(statistics), _) => format!("{} ({})", statistics.description(), statistics.text_digest()),
+        (None, Some(windows)) => format!("{} ({})", windows.source.description, windows.digest),
+        (None, None) => "none".to_owned(),
+    };
+    put("calibration text", text);
+    put("calib-samples", windows.map_or(plan.windows, |windows| windows.tokens.len()).to_string());
     put("calib-seqlen", plan.seqlen.to_string());
     put("seed", calib.seed.to_string());
     put("only what needs windows", calib.if_needed.to_string());
@@ -95,6 +104,37 @@ pub(crate) fn identity(
     put("device", device_class(plan));
     put("plan", plan_digest(plan));
     Ok(all)
+}
+
+/// The identity of a run that was only planned, for [`same_identity`] later; its calibration text is read.
+///
+/// # Errors
+/// As reading the text and the model gives them.
+pub fn planned_identity(
+    recipe: &Recipe,
+    plan: &Plan,
+    checkpoint: &Checkpoint,
+    cache: &TextCache,
+    observer: &dyn Observer,
+    cancel: &AtomicBool,
+) -> Result<BTreeMap<String, String>, JobError> {
+    let texts = Texts::load(recipe, plan, cache, observer, cancel)?;
+    identity(recipe, plan, checkpoint, texts.calibration.as_ref())
+}
+
+/// Whether a run is what was planned.
+///
+/// # Errors
+/// [`JobError::State`] with every difference.
+pub fn same_identity(planned: &BTreeMap<String, String>, found: &BTreeMap<String, String>) -> Result<(), JobError> {
+    let differences = differences(planned, found);
+    if differences.is_empty() {
+        return Ok(());
+    }
+    Err(JobError::State(format!(
+        "this run is not what was planned:\n  {}\nplan it again with `lite plan --out`, or run without --plan",
+        differences.join("\n  ")
+    )))
 }
 
 /// `NAME: OLD → NEW` of every value that differs.

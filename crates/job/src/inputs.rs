@@ -27,6 +27,12 @@ impl ChannelRange {
         Self { min: vec![0.0; width], max: vec![0.0; width] }
     }
 
+    /// Widens the range by that of other activations.
+    pub(crate) fn join(&mut self, other: &Self) {
+        self.min.iter_mut().zip(&other.min).for_each(|(m, v)| *m = lower(*m, *v));
+        self.max.iter_mut().zip(&other.max).for_each(|(m, v)| *m = upper(*m, *v));
+    }
+
     /// Widens the range by rows of activations. NaN stays.
     fn update(&mut self, x: &[f32]) {
         let width = self.min.len().max(1);
@@ -41,10 +47,7 @@ impl ChannelRange {
                 range
             })
             .collect();
-        for range in partial {
-            self.min.iter_mut().zip(range.min).for_each(|(m, v)| *m = lower(*m, v));
-            self.max.iter_mut().zip(range.max).for_each(|(m, v)| *m = upper(*m, v));
-        }
+        partial.iter().for_each(|range| self.join(range));
     }
 
     /// `max |x|` of every channel.
@@ -141,6 +144,8 @@ pub(crate) struct Wanted {
 #[derive(Debug)]
 pub(crate) struct Seen {
     pub(crate) ranges: BTreeMap<InputId, ChannelRange>,
+    /// Tokens that reached each input.
+    pub(crate) tokens: BTreeMap<InputId, usize>,
     /// `[tokens, K]` rows of each input, if they were wanted.
     pub(crate) samples: BTreeMap<InputId, Vec<f32>>,
     /// Gram matrices, if they were wanted.
@@ -151,6 +156,7 @@ pub(crate) struct Seen {
 pub(crate) struct InputTap {
     block: usize,
     widths: BTreeMap<InputId, usize>,
+    tokens: BTreeMap<InputId, usize>,
     ranges: BTreeMap<InputId, ChannelRange>,
     samples: BTreeMap<InputId, TokenSample>,
     stats: Option<StatsTap>,
@@ -158,7 +164,7 @@ pub(crate) struct InputTap {
 
 impl InputTap {
     pub(crate) fn new(block: &BlockSpec, wanted: Wanted) -> Self {
-        let widths: BTreeMap<InputId, usize> = block.sites.iter().map(|s| (s.input, s.in_features)).collect();
+        let widths = block.inputs();
         let step = (wanted.tokens / SAMPLED_TOKENS).max(1);
         let sample = || TokenSample { step, seen: 0, rows: Vec::new() };
         Self {
@@ -166,6 +172,7 @@ impl InputTap {
             ranges: widths.iter().map(|(id, width)| (*id, ChannelRange::new(*width))).collect(),
             samples: if wanted.samples { widths.keys().map(|id| (*id, sample())).collect() } else { BTreeMap::new() },
             stats: wanted.grams.then(|| StatsTap::new(block)),
+            tokens: BTreeMap::new(),
             widths,
         }
     }
@@ -184,6 +191,7 @@ impl InputTap {
         }
         Ok(Seen {
             ranges: self.ranges,
+            tokens: self.tokens,
             samples: self.samples.into_iter().map(|(id, sample)| (id, sample.rows)).collect(),
             stats: self.stats.map(StatsTap::finish).transpose()?,
         })
@@ -194,6 +202,7 @@ impl Tap for InputTap {
     fn input(&mut self, at: InputId, x: &Tensor) -> Result<(), DecoderError> {
         let Some(width) = self.widths.get(&at).copied() else { return Ok(()) };
         with_cpu_slice(x, |values| {
+            *self.tokens.entry(at).or_default() += values.len() / width.max(1);
             if let Some(range) = self.ranges.get_mut(&at) {
                 range.update(values);
             }

@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 
 use lite_awq::{Consumer, FoldProblem, fixed_scales, search_scales};
-use lite_decoder::{Block, BlockSpec, Fold, InputId, Producer};
+use lite_decoder::{Block, BlockSpec, Fold, InputId, Producer, with_cpu_slice};
 use lite_gptq::{Fallback, GptqSettings, Hessian, NearestReason};
 use lite_linalg::unscale_gram;
-use lite_quant::{QuantizedLinear, RangeContext, ScaleDtype, gram_loss, quantize_nearest};
+use lite_quant::{QuantizedLinear, RangeContext, ScaleDtype, Weights, gram_loss, quantize_nearest};
 use lite_stats::BlockStats;
 
-use crate::fold::{Edit, apply, frozen_channels, missing, to_vec};
+use crate::check::Outcome;
+use crate::fold::{Edit, apply, frozen_channels, missing, note_scales, storable, to_vec};
+use crate::stream::{Shared, round};
 use crate::{JobError, Method, Plan, QuantSite, Rounding};
 
 /// Coordinate-descent sweeps of [`Rounding::Refine`].
@@ -38,7 +40,7 @@ pub(crate) fn fold_block(
     for fold in &plan.folds[spec.index] {
         let scales = fold_scales(block, spec, stats, fold, plan)?;
         let (effective, edits) = apply(block, spec, fold, &scales, storage)?;
-        folded.scales.insert(fold.input, effective);
+        note_scales(&mut folded.scales, spec, fold, &effective);
         folded.edits.extend(edits);
         folded.found.push(scales);
     }
@@ -55,17 +57,15 @@ fn fold_scales(
     let input = stats
         .get(fold.input)
         .ok_or_else(|| JobError::Input(format!("no statistics were gathered for {}", fold.input)))?;
-    let mut weights = Vec::new();
-    for id in &fold.consumers {
-        let site = spec.site(id.role).ok_or_else(|| missing(id.role))?;
-        let weight = block.weight(id.role).ok_or_else(|| missing(id.role))?;
-        weights.push((to_vec(weight)?, site.out_features));
-    }
+    let weights = consumer_rows(block, spec, fold, SEARCHED_ROWS)?;
     let frozen = frozen_channels(block, fold)?;
     let ties = match &fold.producer {
-        Producer::Rows { rows, .. } => Some(rows.as_slice()),
+        Producer::Rows { rows, .. } => Some(&rows[..]),
         Producer::Norm { .. } => None,
     };
+    if input.tokens == 0 {
+        return Ok(vec![1.0; input.in_features]);
+    }
     let search = plan.method == Method::Awq { search_scale: true };
     let activation = if search { input.abs_mean() } else { input.abs_max().to_vec() };
     let problem = FoldProblem {
@@ -84,14 +84,41 @@ fn fold_scales(
         .ok_or_else(|| JobError::Input(format!("no linear is quantized at {}", fold.input)))?
         .int()?;
     if !search {
-        return Ok(fixed_scales(&problem, scheme));
+        return Ok(storable(fold, fixed_scales(&problem, scheme)));
     }
     let choice = search_scales(&problem, scheme, plan.range).map_err(|source| JobError::Awq {
         block: spec.index,
         input: format!("{:?}", fold.input.stream),
         source,
     })?;
-    Ok(choice.scales)
+    Ok(storable(fold, choice.scales))
+}
+
+/// Rows of all linears that read one input; many experts have more of them than a search needs.
+pub(crate) const SEARCHED_ROWS: usize = 16_384;
+
+/// The weights of a fold's consumers with their numbers of rows: all rows, or evenly spaced ones of each where there are
+/// more than `most` in all. Errors are sums over rows, so a sample of them ranks scales as all would.
+pub(crate) fn consumer_rows(
+    block: &Block,
+    spec: &BlockSpec,
+    fold: &Fold,
+    most: usize,
+) -> Result<Vec<(Vec<f32>, usize)>, JobError> {
+    let sites = fold.consumers.iter().map(|id| spec.site(id.role).ok_or_else(|| missing(id.role)));
+    let sites: Vec<_> = sites.collect::<Result<_, JobError>>()?;
+    let step = sites.iter().map(|s| s.out_features).sum::<usize>().div_ceil(most).max(1);
+    let rows = |site: &&lite_decoder::Site| {
+        let weight = block.weight(site.id.role).ok_or_else(|| missing(site.id.role))?;
+        let sampled = |values: &[f32]| -> Vec<f32> {
+            values.chunks_exact(site.in_features).skip(step / 2).step_by(step).flatten().copied().collect()
+        };
+        let values = if step == 1 { to_vec(weight)? } else { with_cpu_slice(weight, sampled)? };
+        let rows = values.len() / site.in_features.max(1);
+        Ok((values, rows))
+    };
+    let all: Vec<(Vec<f32>, usize)> = sites.iter().map(rows).collect::<Result<_, JobError>>()?;
+    Ok(all.into_iter().filter(|(_, rows)| *rows > 0).collect())
 }
 
 /// One quantized linear.
@@ -104,6 +131,14 @@ pub(crate) struct Solved {
     pub(crate) fallback: Option<String>,
     /// What the codes stand for, if it is not the weight itself.
     pub(crate) target: Option<Vec<f32>>,
+    /// Tokens that reached it, where a router decides that.
+    pub(crate) tokens: Option<u64>,
+}
+
+impl Solved {
+    pub(crate) fn outcome(&self) -> Outcome {
+        Outcome { error: self.error, fallback: self.fallback.clone(), tokens: self.tokens }
+    }
 }
 
 /// What is known of the drift between the float and the quantized stream at one input.
@@ -133,7 +168,7 @@ pub(crate) fn solve_input(
             let quantized = quantize_nearest(&context, site.int()?, plan.range).map_err(tensor_error(site))?;
             let loss = gram_loss(weight, &quantized.dequantize(), gram, site.out_features, k);
             let error = Some(relative(loss, weight, gram, site));
-            Ok(Solved { quantized, error, fallback: None, target: None })
+            Ok(Solved { quantized, error, fallback: None, target: None, tokens: None })
         };
         return sites.iter().map(round).collect();
     }
@@ -164,9 +199,24 @@ pub(crate) fn solve_input(
         let kept = solution.kept_nearest && usable;
         let fallback = words(solution.fallback)
             .or_else(|| kept.then(|| "kept nearest rounding, which had the smaller error on every row".to_owned()));
-        Ok(Solved { quantized: solution.quantized, error, fallback, target })
+        Ok(Solved { quantized: solution.quantized, error, fallback, target, tokens: None })
     };
     sites.iter().map(solve).collect()
+}
+
+/// Nearest codes of all linears that share one input, of which nothing is known.
+pub(crate) fn nearest(sites: &[(&QuantSite, Vec<f32>)], plan: &Plan) -> Result<Vec<Solved>, JobError> {
+    let shared = Shared::of(sites.iter().map(|(site, weight)| (*site, weight.as_slice())));
+    let round = |(site, weight): &(&QuantSite, Vec<f32>)| {
+        site.int()?;
+        match round(site, weight, plan, &shared)? {
+            Weights::Int(quantized) => {
+                Ok(Solved { quantized, error: None, fallback: None, target: None, tokens: None })
+            }
+            Weights::Float(_) => Err(JobError::Input(format!("`{}` got no integer codes", site.module))),
+        }
+    };
+    sites.iter().map(round).collect()
 }
 
 fn relative(loss: f64, weight: &[f32], gram: &[f32], site: &QuantSite) -> f64 {

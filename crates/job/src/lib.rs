@@ -19,6 +19,7 @@ mod documents;
 mod error;
 mod estimate;
 mod events;
+mod experts;
 mod fold;
 mod from_statistics;
 mod gather;
@@ -33,6 +34,7 @@ mod names;
 mod observed;
 mod passthrough;
 mod plan;
+mod poor;
 mod recipe;
 mod record;
 mod replay;
@@ -52,20 +54,22 @@ mod workdir;
 pub use bench::measured_gemm_rate;
 pub use check::{CheckReport, SiteReport};
 pub use device::open_device;
-pub use documents::{Documents, Finished};
+pub use documents::{Documents, Finished, kept_name, set_aside, write_document};
 pub use error::{ErrorKind, JobError};
 pub use estimate::{MemoryEstimate, Work};
 pub use events::{Event, Observer, Silent};
 pub use gather::{StatisticsPlan, StatisticsReport, calibrate};
+pub use identity::{planned_identity, same_identity};
 pub use journal::{RecordedCommand, recorded_command};
 pub use locate::{HubFetcher, locate_model};
 pub use plan::{Plan, prepare};
 pub use recipe::{
-    CalibSettings, DeviceChoice, DtypeChoice, EvalSettings, Method, Override, Recipe, ResumeSettings, Rounding,
-    SmoothScales, Solver, StatsSource,
+    CalibSettings, DeviceChoice, DtypeChoice, EvalSettings, ExpertPolicy, ExpertSettings, Method, Override, Recipe,
+    ResumeSettings, Rounding, SmoothScales, Solver, StatsSource,
 };
-pub use run::{RunReport, run, run_with};
+pub use run::{RunReport, run, run_sharing, run_with};
 pub use schemes::words as scheme_words;
 pub use statistics::Statistics;
 pub use tensors::{Action, QuantSite, TensorPlan};
+pub use texts::TextCache;
 pub use workdir::WorkDir;

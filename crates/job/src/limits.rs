@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use candle_core::Device;
-use lite_decoder::DecoderSpec;
+use lite_decoder::{AttnSpec, DecoderSpec, LATENT_ATTENTION};
 use lite_model::printable;
 use lite_quant::WeightScheme;
 
@@ -119,6 +119,25 @@ pub(crate) fn check_solver(recipe: &Recipe, data_free: bool) -> Result<(), JobEr
         return Err(JobError::Usage(
             "--rounding nearest takes neither error-aware targets nor block tuning; use --rounding refine".to_owned(),
         ));
+    }
+    Ok(())
+}
+
+/// What latent attention does not take.
+pub(crate) fn check_attention(recipe: &Recipe, spec: Option<&DecoderSpec>) -> Result<(), JobError> {
+    let latent = |spec: &&DecoderSpec| spec.blocks.iter().any(|block| matches!(block.attn, AttnSpec::Mla(_)));
+    let Some(spec) = spec.filter(latent) else { return Ok(()) };
+    let refuse = |what: &str, instead: &str| {
+        Err(JobError::Unsupported(format!(
+            "{} has {LATENT_ATTENTION}, for which {what} not implemented: {instead}",
+            spec.arch
+        )))
+    };
+    if recipe.solver.tune {
+        return refuse("tuning blocks (--effort best) is", "use --effort default");
+    }
+    if recipe.kv_cache.is_some() {
+        return refuse("scales of a quantized cache (--kv-cache) are", "leave --kv-cache out");
     }
     Ok(())
 }

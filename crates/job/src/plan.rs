@@ -11,8 +11,8 @@ use lite_quant::{LinearScheme, Range};
 
 use crate::estimate::Costs;
 use crate::limits::{
-    BATCH_TOKENS, batch_size, calibration_shape, check_groups, check_schemes, check_shape, check_solver, device,
-    fit_disk, fit_memory,
+    BATCH_TOKENS, batch_size, calibration_shape, check_attention, check_groups, check_schemes, check_shape,
+    check_solver, device, fit_disk, fit_memory,
 };
 use crate::rows::{
     architecture, choose_layout, exact_folds, ignored_linears, output_dtype, plain_dtype, plan_tensors,
@@ -23,7 +23,7 @@ use crate::source::{holds_float_codes, stored_embedding};
 use crate::statistics::Statistics;
 use crate::tensors::{guess_sites, sites_of};
 use crate::workdir::WorkDir;
-use crate::{Action, JobError, MemoryEstimate, Method, QuantSite, Recipe, Solver, TensorPlan, Work};
+use crate::{Action, ExpertSettings, JobError, MemoryEstimate, Method, QuantSite, Recipe, Solver, TensorPlan, Work};
 
 /// What a run will do: per tensor, and in all.
 #[derive(Debug)]
@@ -54,6 +54,8 @@ pub struct Plan {
     pub folds: Vec<Vec<Fold>>,
     /// How codes are chosen.
     pub solver: Solver,
+    /// What happens to experts that few tokens reach.
+    pub experts: ExpertSettings,
     /// One row for every source tensor.
     pub tensors: Vec<TensorPlan>,
     /// Tensors that no source tensor stands behind: scales of the cache.
@@ -203,6 +205,12 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
     let config = checkpoint.config();
     let mut notes = Vec::new();
     let mut warnings = checkpoint.warnings.clone();
+    if config.get("auto_map").is_some_and(|map| !map.is_null()) {
+        warnings.push(
+            "config.json names Python code of the model's own (`auto_map`); it is copied along, and never run here"
+                .to_owned(),
+        );
+    }
     if holds_float_codes(checkpoint)? {
         notes.push("the source's weights are fp8 codes; they are read as the values they stand for".to_owned());
     }
@@ -229,6 +237,7 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
         ));
     }
     check_solver(recipe, data_free)?;
+    check_attention(recipe, spec.as_ref())?;
     let plain_sites = crate::rules::apply(recipe, &mut sites)?;
     check_groups(&sites)?;
     check_schemes(recipe, &sites, data_free)?;
@@ -242,6 +251,9 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
             )),
             None => error.into(),
         })?;
+    }
+    if recipe.solver.tune && spec.iter().flat_map(|spec| &spec.blocks).any(|block| block.moe().is_some()) {
+        notes.push("blocks with experts are not tuned: their codes are solved and refined only".to_owned());
     }
     let folds = exact_folds(spec.as_ref(), &sites, recipe.method, data_free);
     let ignored = ignored_linears(checkpoint, spec.as_ref(), &sites);
@@ -355,6 +367,7 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
         sites,
         plain_sites,
         folds,
+        experts: recipe.experts,
         solver: recipe.solver,
         spec,
     })

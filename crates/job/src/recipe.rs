@@ -23,6 +23,8 @@ pub struct Recipe {
     pub method: Method,
     /// How codes are chosen.
     pub solver: Solver,
+    /// What happens to experts that few tokens reach.
+    pub experts: ExpertSettings,
     /// Linears with other bits or groups than the rest: `(regex, changes)`, later rules win.
     pub overrides: Vec<Override>,
     /// Regexes of linears that stay plain.
@@ -79,6 +81,7 @@ impl Recipe {
             overwrite: false,
             method: Method::Awq { search_scale: true },
             solver: Solver::NEAREST,
+            experts: ExpertSettings::default(),
             overrides: Vec::new(),
             ignore: Vec::new(),
             scheme: None,
@@ -179,6 +182,33 @@ impl Solver {
         damp: 0.01,
         fallback: true,
     };
+}
+
+/// What happens to experts that few calibration tokens reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertSettings {
+    /// Fewer tokens than this are too few for an expert's own statistics.
+    pub min_tokens: u64,
+    /// What then stands for them.
+    pub policy: ExpertPolicy,
+}
+
+impl Default for ExpertSettings {
+    fn default() -> Self {
+        Self { min_tokens: 128, policy: ExpertPolicy::Weighted }
+    }
+}
+
+/// What stands for the statistics of an expert that few tokens reached. None of it is silent: every such expert is
+/// reported, and fails the run where no fallback is allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExpertPolicy {
+    /// All tokens, each weighted by the score that the router gave it for this expert.
+    Weighted,
+    /// Nothing: nearest rounding, ranges by the error of the weights.
+    Nearest,
+    /// The run fails.
+    Fail,
 }
 
 /// Who chooses the codes.

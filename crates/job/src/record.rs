@@ -4,8 +4,8 @@
 //! A record is a safetensors file. `fold.I` are the scales of the block's fold `I` (`[K]`), `edit.TENSOR` a norm weight
 //! or bias as it was written, `cache.TENSOR` the bytes of a cache scale; of each quantized linear there are
 //! `MODULE.codes` (`[N·K]`, or `.codes4`: two codes a byte, the earlier one in the low half), `.scales`, `.zeros` or
-//! `.global`, `.error` if it is known, and `.input_scale` with `.input_zero` for a static activation scheme. What a
-//! solver fell back to is in the metadata, by module.
+//! `.global`, `.error` if it is known, `.tokens` of experts, and `.input_scale` with `.input_zero` for a static activation scheme.
+//! What a //! solver fell back to is in the metadata, by module.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -14,6 +14,7 @@ use lite_quant::{InputQuantization, QuantizedLinear, WeightScheme, Weights};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
+use crate::check::Outcome;
 use crate::fold::Edit;
 use crate::layer::Folded;
 use crate::{JobError, Plan, QuantSite};
@@ -31,8 +32,7 @@ pub(crate) struct RecordedLinear<'p> {
     pub(crate) site: &'p QuantSite,
     pub(crate) weights: Weights,
     pub(crate) input: Option<InputQuantization>,
-    pub(crate) error: Option<f64>,
-    pub(crate) fallback: Option<String>,
+    pub(crate) outcome: Outcome,
 }
 
 /// A record, read and held against the plan.
@@ -77,8 +77,7 @@ impl Record {
         module: &str,
         weights: &Weights,
         input: Option<&InputQuantization>,
-        error: Option<f64>,
-        fallback: Option<&str>,
+        outcome: &Outcome,
     ) {
         let (codes, scales) = match weights {
             Weights::Int(linear) => {
@@ -102,11 +101,14 @@ impl Record {
             self.put_f32(format!("{module}.input_scale"), &[input.scale]);
             self.put(format!("{module}.input_zero"), Dtype::I32, input.zero_point.to_le_bytes().to_vec());
         }
-        if let Some(error) = error {
+        if let Some(error) = outcome.error {
             self.put(format!("{module}.error"), Dtype::F64, error.to_le_bytes().to_vec());
         }
-        if let Some(fallback) = fallback {
-            self.fallbacks.insert(module.to_owned(), fallback.to_owned());
+        if let Some(tokens) = outcome.tokens {
+            self.put(format!("{module}.tokens"), Dtype::U64, tokens.to_le_bytes().to_vec());
+        }
+        if let Some(fallback) = &outcome.fallback {
+            self.fallbacks.insert(module.to_owned(), fallback.clone());
         }
     }
 
@@ -234,6 +236,7 @@ impl Reader<'_> {
         let zero = self.one(&format!("{module}.input_zero"), Dtype::I32)?.map(i32::from_le_bytes);
         let input = scale.zip(zero).map(|(scale, zero_point)| InputQuantization { scale, zero_point });
         let error = self.one(&format!("{module}.error"), Dtype::F64)?.map(f64::from_le_bytes);
-        Ok(RecordedLinear { site, weights, input, error, fallback })
+        let tokens = self.one(&format!("{module}.tokens"), Dtype::U64)?.map(u64::from_le_bytes);
+        Ok(RecordedLinear { site, weights, input, outcome: Outcome { error, fallback, tokens } })
     }
 }

@@ -4,7 +4,7 @@ use lite_decoder::{Block, BlockSpec};
 use lite_quant::{InputQuantization, Weights};
 
 use crate::calibrate::{Pass, Sink};
-use crate::check::SiteReport;
+use crate::check::{Outcome, SiteReport};
 use crate::fold::apply;
 use crate::hidden::HiddenStates;
 use crate::layer::Folded;
@@ -19,7 +19,7 @@ pub(crate) struct Replayed<'p> {
     pub(crate) errors: Vec<f64>,
     /// The folded float block, if the hidden states have yet to pass it.
     pub(crate) block: Option<Block>,
-    linears: Vec<(&'p QuantSite, Weights)>,
+    pub(crate) linears: Vec<(&'p QuantSite, Weights)>,
 }
 
 impl Sink<'_> {
@@ -78,9 +78,8 @@ impl<'r> Runner<'r> {
         let mut replayed = Replayed { errors: Vec::new(), block, linears: Vec::new() };
         for linear in recorded.linears {
             self.write_linear(linear.site, &linear.weights, linear.input.as_ref(), sink.writer, sink.expected)?;
-            let report = SiteReport::new(linear.site, linear.error, linear.fallback);
-            sink.reports.insert(linear.site.module.clone(), report);
-            replayed.errors.extend(linear.error);
+            replayed.errors.extend(linear.outcome.error);
+            sink.reports.insert(linear.site.module.clone(), SiteReport::new(linear.site, linear.outcome));
             if !passed {
                 replayed.linears.push((linear.site, linear.weights));
             }
@@ -141,15 +140,14 @@ impl<'r> Runner<'r> {
         site: &QuantSite,
         weights: &Weights,
         input: Option<&InputQuantization>,
-        error: Option<f64>,
-        fallback: Option<String>,
+        outcome: Outcome,
         sink: &mut Sink<'_>,
     ) -> Result<(), JobError> {
         self.write_linear(site, weights, input, sink.writer, sink.expected)?;
         if let Some(journal) = &mut sink.journal {
-            journal.record.linear(&site.module, weights, input, error, fallback.as_deref());
+            journal.record.linear(&site.module, weights, input, &outcome);
         }
-        sink.reports.insert(site.module.clone(), SiteReport::new(site, error, fallback));
+        sink.reports.insert(site.module.clone(), SiteReport::new(site, outcome));
         Ok(())
     }
 }

@@ -210,12 +210,13 @@ pub(crate) fn is_copy_of_embedding(checkpoint: &Checkpoint, spec: &DecoderSpec, 
     Ok(embed.dtype == head.dtype && embed.data == head.data)
 }
 
-/// Norm weights and biases that absorb scales.
+/// Norm weights, biases and routers that absorb scales.
 pub(crate) fn rescaled_tensors(spec: Option<&DecoderSpec>, folds: &[Vec<Fold>]) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for fold in folds.iter().flatten() {
+        names.extend(fold.plain_consumers.iter().cloned());
         match &fold.producer {
-            Producer::Norm { weight, bias } => {
+            Producer::Norm { weight, bias, .. } => {
                 names.insert(weight.clone());
                 names.extend(bias.clone());
             }

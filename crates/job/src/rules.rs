@@ -26,7 +26,9 @@ pub(crate) fn apply(recipe: &Recipe, sites: &mut Vec<QuantSite>) -> Result<Vec<Q
         *sites = kept;
     }
     if sites.is_empty() {
-        return Err(JobError::Usage("--ignore leaves no linear to quantize".to_owned()));
+        return Err(JobError::Usage(
+            "--ignore leaves no linear to quantize; give patterns that match fewer".to_owned(),
+        ));
     }
     Ok(plain)
 }

@@ -15,7 +15,7 @@ use crate::identity::identity;
 use crate::journal::Journal;
 use crate::passthrough::{count_not_finite, encode, not_finite};
 use crate::source::source_f32;
-use crate::texts::Texts;
+use crate::texts::{TextCache, Texts};
 use crate::workdir::WorkDir;
 use crate::{
     Action, CheckReport, ErrorKind, Event, JobError, Observer, Plan, QuantSite, Recipe, SiteReport, locate_model,
@@ -72,9 +72,23 @@ pub fn run_with(
     documents: Documents<'_>,
     cancel: &AtomicBool,
 ) -> Result<RunReport, JobError> {
+    run_sharing(recipe, observer, documents, cancel, &TextCache::default())
+}
+
+/// [`run_with`] as one of several jobs that share `texts`.
+///
+/// # Errors
+/// As [`run_with`].
+pub fn run_sharing(
+    recipe: &Recipe,
+    observer: &dyn Observer,
+    documents: Documents<'_>,
+    cancel: &AtomicBool,
+    texts: &TextCache,
+) -> Result<RunReport, JobError> {
     let start = Instant::now();
     WorkDir::finish_published(&recipe.work_dir);
-    WorkDir::check(&recipe.work_dir, None, recipe.overwrite)?;
+    WorkDir::check_named(recipe)?;
     let model = locate_model(recipe, observer, cancel)?;
     let checkpoint = Checkpoint::open(&model)?;
     let plan = prepare(recipe, &checkpoint)?;
@@ -85,7 +99,7 @@ pub fn run_with(
         observer.event(Event::Note(note));
     }
     observer.event(Event::Planned(&plan));
-    let texts = Texts::load(recipe, &plan, observer, cancel)?;
+    let texts = Texts::load(recipe, &plan, texts, observer, cancel)?;
     // What is as fast as the disk starts over.
     let resumable = plan.statistics.is_none() && plan.spec.is_some();
     let windows = texts.calibration.as_ref().filter(|_| resumable);
@@ -94,7 +108,7 @@ pub fn run_with(
     observer.event(Event::Opened { log: &work.log_file() });
     let mut journal = match windows {
         Some(windows) => {
-            let identity = identity(recipe, &plan, &checkpoint, windows)?;
+            let identity = identity(recipe, &plan, &checkpoint, Some(windows))?;
             let (journal, notes) = Journal::open(&work, remains, identity, recipe, &plan)?;
             notes.iter().for_each(|note| observer.event(Event::Note(note)));
             Some(journal)

@@ -17,22 +17,23 @@ use crate::batches::{Batch, in_order};
 use crate::calibrate::{Pass, Sink, by_input, role};
 use crate::hidden::HiddenStates;
 use crate::layer::{Drift, Solved, solve_input};
+use crate::replay::Replayed;
 use crate::run::{LayerClock, Runner};
 use crate::source::ModelSource;
 use crate::{Event, JobError, QuantSite};
 
 /// One model's states.
-struct Lane {
+pub(crate) struct Lane {
     /// `(tokens, hidden)`: the residual stream.
-    residual: HiddenStates,
+    pub(crate) residual: HiddenStates,
     /// `(tokens, heads)`: outputs of the heads, between attention and o.
-    heads: HiddenStates,
+    pub(crate) heads: HiddenStates,
 }
 
 /// Both models' states, and what is being gathered.
-struct Lanes {
-    float: Lane,
-    quantized: Lane,
+pub(crate) struct Lanes {
+    pub(crate) float: Lane,
+    pub(crate) quantized: Lane,
     /// `(tokens, intermediate)`: the quantized model's input of down, if there is room for it.
     middle: Option<HiddenStates>,
     stats: Option<CrossStats>,
@@ -84,6 +85,8 @@ impl Walk<'_> {
         let residual = self.rows(&lane.residual, batch, self.hidden)?;
         Ok(match stream {
             Stream::AttnIn => Step { input: Some(block.attn_in(&residual)?), ..Step::default() },
+            Stream::QLatent => Step { input: block.q_latent(&block.attn_in(&residual)?)?, ..Step::default() },
+            Stream::KvLatent => Step { input: Some(block.kv_latent(&block.attn_in(&residual)?)?), ..Step::default() },
             Stream::AttnOut => {
                 let heads = block.attn_out(&block.attn_in(&residual)?, self.rope)?;
                 Step { input: Some(heads.clone()), heads: Some(heads), ..Step::default() }
@@ -101,6 +104,8 @@ impl Walk<'_> {
                 }
                 step
             }
+            // Experts are gathered one by one.
+            _ => Step::default(),
         })
     }
 
@@ -141,12 +146,8 @@ impl Runner<'_> {
             let index = block_spec.index;
             clock.started(index);
             if let Some(replayed) = self.replay(pass, source, block_spec, sink, &clock)? {
-                if let Some(original) = &replayed.block {
-                    self.propagate(&mut lanes.float.residual, pass, original)?;
-                }
-                let Lanes { float, quantized, .. } = &mut lanes;
-                if self.pass_replayed(pass, index, replayed, &mut quantized.residual, &clock)? {
-                    sink.save_states(index, &[&float.residual, &quantized.residual])?;
+                if self.pass_both(pass, index, replayed, &mut lanes, &clock)? {
+                    sink.save_states(index, &[&lanes.float.residual, &lanes.quantized.residual])?;
                 }
                 continue;
             }
@@ -157,10 +158,14 @@ impl Runner<'_> {
                 self.gather_and_fold(pass, &mut original, block_spec, &mut lanes.quantized.residual, sink, &clock)?;
             }
             self.calibrate_cache(pass, &original, &lanes.quantized.residual, sink)?;
-            let solved = self.solve_block(pass, index, &original, &mut lanes, &clock)?;
-            let errors: Vec<f64> = solved.iter().filter_map(|(_, solved)| solved.error).collect();
+            let (coded, solved) = self.solve_block(pass, index, &original, &mut lanes, &clock)?;
+            let mut errors: Vec<f64> = solved.iter().filter_map(|(_, solved)| solved.error).collect();
             for (site, solved) in &solved {
                 self.finish_site(site, solved, sink)?;
+            }
+            drop(solved);
+            if block_spec.moe().is_some() {
+                errors.extend(self.solve_experts(pass, &original, coded, &mut lanes, sink, &clock)?);
             }
             sink.finish_block(index)?;
             if index + 1 < pass.spec.blocks.len() {
@@ -171,7 +176,58 @@ impl Runner<'_> {
         Ok(())
     }
 
-    /// Solves the linears of one block and moves both streams behind it.
+    /// Moves both lanes behind a replayed block, unless they are already, and ends the block; returns whether they moved.
+    fn pass_both(
+        &self,
+        pass: &Pass<'_>,
+        index: usize,
+        replayed: Replayed<'_>,
+        lanes: &mut Lanes,
+        clock: &LayerClock<'_>,
+    ) -> Result<bool, JobError> {
+        let Some(original) = &replayed.block else {
+            return self.pass_replayed(pass, index, replayed, &mut lanes.quantized.residual, clock);
+        };
+        if original.spec().moe().is_none() {
+            self.propagate(&mut lanes.float.residual, pass, original)?;
+            return self.pass_replayed(pass, index, replayed, &mut lanes.quantized.residual, clock);
+        }
+        clock.step(index, "propagate");
+        let mut coded = original.clone();
+        for (site, weights) in &replayed.linears {
+            self.place(&mut coded, site, &weights.dequantize())?;
+        }
+        let walk = self.walk(pass, index);
+        self.fit(&mut lanes.float.heads, "heads", walk.heads)?;
+        self.fit(&mut lanes.quantized.heads, "heads-quantized", walk.heads)?;
+        let work = |lanes: &Lanes, batch: Batch| {
+            let float = walk.advance(Stream::AttnOut, original, &lanes.float, batch, false)?;
+            Ok((float, walk.advance(Stream::AttnOut, &coded, &lanes.quantized, batch, false)?))
+        };
+        let windows = lanes.float.residual.windows();
+        in_order(lanes, self.batches(windows), work, |lanes, (first, _), (float, quantized)| {
+            self.go_on()?;
+            lanes.float.keep(first, &float)?;
+            lanes.quantized.keep(first, &quantized)
+        })?;
+        self.pass_experts(pass, original, &coded, lanes)?;
+        clock.done(index, &replayed.errors);
+        Ok(true)
+    }
+
+    /// How blocks are walked through.
+    fn walk<'a>(&'a self, pass: &'a Pass<'_>, index: usize) -> Walk<'a> {
+        Walk {
+            rope: &pass.rope,
+            hidden: pass.spec.hidden,
+            heads: width(pass, index, Role::O),
+            seqlen: self.plan.seqlen,
+            device: &self.plan.device,
+        }
+    }
+
+    /// Solves the linears of one block and moves both streams behind it; where a block has experts, those of its
+    /// attention, and both streams up to the heads' outputs.
     fn solve_block(
         &self,
         pass: &Pass<'_>,
@@ -179,38 +235,40 @@ impl Runner<'_> {
         original: &Block,
         lanes: &mut Lanes,
         clock: &LayerClock<'_>,
-    ) -> Result<Vec<(&QuantSite, Solved)>, JobError> {
+    ) -> Result<(Block, Vec<(&QuantSite, Solved)>), JobError> {
+        let experts = original.spec().moe().is_some();
         let mut coded = original.clone();
         let mut done = Vec::new();
         let groups = by_input(self.plan, index);
         let windows = lanes.float.residual.windows();
         let last_block = index + 1 == pass.spec.blocks.len();
-        let walk = Walk {
-            rope: &pass.rope,
-            hidden: pass.spec.hidden,
-            heads: width(pass, index, Role::O),
-            seqlen: self.plan.seqlen,
-            device: &self.plan.device,
-        };
+        let walk = self.walk(pass, index);
         self.fit(&mut lanes.float.heads, "heads", walk.heads)?;
         self.fit(&mut lanes.quantized.heads, "heads-quantized", walk.heads)?;
-        if self.plan.memory.middle > 0 {
+        if self.plan.memory.middle > 0 && !experts {
             let mut middle = lanes.middle.take().unwrap_or_else(|| HiddenStates::in_memory(windows, 0));
             self.fit(&mut middle, "middle", width(pass, index, Role::Down))?;
             lanes.middle = Some(middle);
         }
-        let before = if self.plan.solver.tune {
+        let tune = self.plan.solver.tune && !experts;
+        let before = if tune {
             let mut copy = self.store("block-input", windows, pass.spec.hidden)?;
             self.copy(&lanes.quantized.residual, &mut copy)?;
             Some(copy)
         } else {
             None
         };
-        for stream in [Stream::AttnIn, Stream::AttnOut, Stream::MlpIn, Stream::MlpMid] {
-            clock.step(index, "calibrate");
+        let attention = [Stream::AttnIn, Stream::QLatent, Stream::KvLatent, Stream::AttnOut];
+        let mlp: &[Stream] = if experts { &[] } else { &[Stream::MlpIn, Stream::MlpMid] };
+        for stream in attention.iter().chain(mlp).copied() {
             let input = InputId { block: index, stream };
             let sites =
                 groups.iter().find(|(id, _)| *id == input).map(|(_, sites)| sites.as_slice()).unwrap_or_default();
+            if sites.is_empty() && matches!(stream, Stream::QLatent | Stream::KvLatent) {
+                // Nothing reads it, or nothing that is quantized; the lanes need nothing of it.
+                continue;
+            }
+            clock.step(index, "calibrate");
             let by_outputs = by_outputs(stream, sites, original);
             lanes.stats = sites.first().map(|site| {
                 CrossStats::new(site.in_features, if by_outputs { site.out_features } else { site.in_features })
@@ -268,11 +326,11 @@ impl Runner<'_> {
             lanes.quantized.residual = before;
         }
         // The last block's outputs feed nothing.
-        if last_block {
-            return Ok(done);
+        if last_block || experts {
+            return Ok((coded, done));
         }
         clock.step(index, "propagate");
-        if self.plan.solver.tune {
+        if tune {
             self.propagate(&mut lanes.quantized.residual, pass, &coded)?;
         } else {
             let work = |lanes: &Lanes, batch: Batch| walk.finish(&coded, lanes, batch);
@@ -281,7 +339,7 @@ impl Runner<'_> {
                 lanes.quantized.residual.keep(first, &after)
             })?;
         }
-        Ok(done)
+        Ok((coded, done))
     }
 
     /// Gives `store` this width; one that has it already is used again.

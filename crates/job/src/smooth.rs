@@ -7,10 +7,10 @@ use lite_smoothquant::{
 };
 
 use crate::calibrate::{Pass, Sink, check_fold};
-use crate::fold::{apply, frozen_channels, missing, to_vec};
+use crate::fold::{apply, frozen_channels, note_scales, storable};
 use crate::hidden::HiddenStates;
 use crate::inputs::Seen;
-use crate::layer::Folded;
+use crate::layer::{Folded, SEARCHED_ROWS, consumer_rows};
 use crate::run::Runner;
 use crate::{JobError, Method, SmoothScales};
 
@@ -41,7 +41,7 @@ impl Runner<'_> {
             self.go_on()?;
             let found = self.smoothing(block, spec, seen, fold, scales)?;
             let (effective, edits) = apply(block, spec, fold, &found, &|name| pass.storage(name))?;
-            folded.scales.insert(fold.input, effective);
+            note_scales(&mut folded.scales, spec, fold, &effective);
             folded.edits.extend(edits);
             folded.found.push(found);
         }
@@ -63,11 +63,13 @@ impl Runner<'_> {
     ) -> Result<Vec<f32>, JobError> {
         let nothing = || JobError::Input(format!("nothing was gathered for {}", fold.input));
         let abs_max = seen.ranges.get(&fold.input).ok_or_else(nothing)?.abs_max();
-        let mut weights = Vec::new();
-        for id in &fold.consumers {
-            let site = spec.site(id.role).ok_or_else(|| missing(id.role))?;
-            weights.push((to_vec(block.weight(id.role).ok_or_else(|| missing(id.role))?)?, site.out_features));
+        // No token came here: there is nothing to move.
+        if seen.tokens.get(&fold.input).copied().unwrap_or(0) == 0 {
+            return Ok(vec![1.0; abs_max.len()]);
         }
+        // Formulas take the largest weight of each channel, so they see every row.
+        let searched = matches!(scales, SmoothScales::SearchedAlpha | SmoothScales::Awq);
+        let weights = consumer_rows(block, spec, fold, if searched { SEARCHED_ROWS } else { usize::MAX })?;
         let weights: Vec<(&[f32], usize)> = weights.iter().map(|(w, n)| (w.as_slice(), *n)).collect();
         let frozen = frozen_channels(block, fold)?;
         // Channels of one producer row share a scale; the first of them lends its number, for rows are not channels.
@@ -100,7 +102,7 @@ impl Runner<'_> {
                 search.map(|search| search.scales)
             }
         };
-        found.map_err(|source| JobError::Smooth {
+        found.map(|found| storable(fold, found)).map_err(|source| JobError::Smooth {
             block: spec.index,
             input: format!("{:?}", fold.input.stream),
             source,

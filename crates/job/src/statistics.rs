@@ -318,7 +318,7 @@ pub(crate) fn write_input(
 
 /// Each input of a block with its number of channels.
 pub(crate) fn inputs(block: &BlockSpec) -> BTreeMap<InputId, usize> {
-    block.sites.iter().map(|site| (site.input, site.in_features)).collect()
+    block.inputs()
 }
 
 fn names(input: InputId) -> [String; 3] {
@@ -327,10 +327,15 @@ fn names(input: InputId) -> [String; 3] {
 
 fn prefix(input: InputId) -> String {
     let name = match input.stream {
-        Stream::AttnIn => "attn_in",
-        Stream::AttnOut => "attn_out",
-        Stream::MlpIn => "mlp_in",
-        Stream::MlpMid => "mlp_mid",
+        Stream::AttnIn => "attn_in".to_owned(),
+        Stream::AttnOut => "attn_out".to_owned(),
+        Stream::MlpIn => "mlp_in".to_owned(),
+        Stream::MlpMid => "mlp_mid".to_owned(),
+        Stream::QLatent => "q_latent".to_owned(),
+        Stream::KvLatent => "kv_latent".to_owned(),
+        Stream::SharedMid => "shared_mid".to_owned(),
+        Stream::ExpertIn(e) => format!("experts.{e}.in"),
+        Stream::ExpertMid(e) => format!("experts.{e}.mid"),
     };
     format!("blocks.{}.{name}", input.block)
 }

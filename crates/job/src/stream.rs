@@ -13,7 +13,7 @@ use lite_quant::floats::{FloatLinear, FloatRange, FloatScheme, ScaleKind, nvfp4_
 use lite_quant::{QuantError, QuantizedLinear, Range, RangeContext, WeightScheme, Weights, quantize_nearest};
 use rayon::prelude::*;
 
-use crate::check::{Expected, SiteReport};
+use crate::check::{Expected, Outcome, SiteReport};
 use crate::run::{LayerClock, Runner};
 use crate::source::source_f32;
 use crate::{JobError, Plan, QuantSite};
@@ -226,7 +226,7 @@ impl Runner<'_> {
             // A failure to write is why the other side could not go on.
             written.map_err(JobError::from).and(result)
         })?;
-        Ok(sites.iter().map(|site| SiteReport::new(site, None, None)).collect())
+        Ok(sites.iter().map(|site| SiteReport::new(site, Outcome::default())).collect())
     }
 
     fn round_all(

@@ -6,7 +6,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use crate::JobError;
+use crate::{JobError, Recipe};
 
 pub(crate) const JOB_FOLDER: &str = ".lite";
 /// What a run finished: see [`crate::journal`].
@@ -90,6 +90,15 @@ impl WorkDir {
             ))),
             (true, true) => Ok(()),
         }
+    }
+
+    /// [`WorkDir::check`] before the model was looked for: against its name, where that is a folder.
+    ///
+    /// # Errors
+    /// As [`WorkDir::check`].
+    pub fn check_named(recipe: &Recipe) -> Result<(), JobError> {
+        let model = Path::new(&recipe.model);
+        Self::check(&recipe.work_dir, Some(model).filter(|model| model.is_dir()), recipe.overwrite)
     }
 
     /// Creates and locks the folder. Remains of a run that died are cleared.

@@ -10,8 +10,8 @@ use lite_runtime::eval::Estimate;
 use lite_runtime::{DivergenceSummary, KlHistogram};
 
 use crate::record::{
-    Comparison, EngineVerdict, Fallback, FileFact, Histogram, Layer, Linear, Measured, ModelFacts, Record, SCHEMA,
-    Sizes, TextFact, Timing, Tool,
+    Comparison, EngineVerdict, Fallback, FileFact, Histogram, Layer, LayerExperts, Linear, Measured, ModelFacts,
+    Record, SCHEMA, Sizes, TextFact, Timing, Tool,
 };
 use crate::{serve, settings};
 
@@ -62,6 +62,7 @@ impl Record {
             comparison: report.check.comparison.as_ref().map(|c| comparison(report, c)),
             layers: layers(report, &context.times),
             linears: linears(plan, report),
+            experts: experts(plan, report),
             fallbacks: fallbacks(report),
             engines: engines(plan),
             files: context.files,
@@ -199,6 +200,26 @@ fn linears(plan: &Plan, report: &RunReport) -> Vec<Linear> {
         }
     };
     report.sites.iter().map(linear).collect()
+}
+
+/// Tokens by layer and expert, of layers where they are known for any.
+fn experts(plan: &Plan, report: &RunReport) -> Vec<LayerExperts> {
+    let blocks = plan.spec.iter().flat_map(|spec| &spec.blocks);
+    let with_experts = blocks.filter_map(|block| Some((block, block.moe()?.experts)));
+    let layer = |(block, experts): (&lite_decoder::BlockSpec, usize)| {
+        let mut tokens = vec![None; experts];
+        for (site, report) in plan.sites.iter().zip(&report.sites).filter(|(site, _)| site.block == block.index) {
+            if let Some(lite_decoder::Role::Expert(e, _)) = site.site.map(|id| id.role)
+                && let Some(slot) = tokens.get_mut(e as usize)
+            {
+                *slot = report.tokens.or(*slot);
+            }
+        }
+        let known = tokens.iter().any(Option::is_some);
+        let tokens = tokens.into_iter().map(Option::unwrap_or_default).collect();
+        known.then_some(LayerExperts { layer: block.index, tokens })
+    };
+    with_experts.filter_map(layer).collect()
 }
 
 fn fallbacks(report: &RunReport) -> Vec<Fallback> {

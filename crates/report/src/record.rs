@@ -31,6 +31,9 @@ pub struct Record {
     pub layers: Vec<Layer>,
     /// Every quantized linear, in the order of the blocks.
     pub linears: Vec<Linear>,
+    /// Calibration tokens that routers sent to their experts; empty for models without.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub experts: Vec<LayerExperts>,
     /// What was done instead of what was asked.
     pub fallbacks: Vec<Fallback>,
     /// Every engine known, and whether it loads the result.
@@ -39,6 +42,15 @@ pub struct Record {
     pub files: Vec<FileFact>,
     /// Things the user should know.
     pub notes: Vec<String>,
+}
+
+/// The experts of one layer.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LayerExperts {
+    /// Decoder block.
+    pub layer: usize,
+    /// Tokens of each expert, by its number.
+    pub tokens: Vec<u64>,
 }
 
 /// The program.

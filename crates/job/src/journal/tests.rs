@@ -50,8 +50,9 @@ fn record(plan: &Plan, index: usize) -> (Record, Vec<String>) {
         let input = (i == 1).then_some(InputQuantization { scale: 0.1, zero_point: -3 });
         let error = (i != 2).then_some(0.1 + i as f64 / 3.0);
         let fallback = (i == 3).then(|| "rounded to nearest".to_owned());
-        record.linear(&site.module, &weights, input.as_ref(), error, fallback.as_deref());
-        linears.push(format!("{:?}", (&site.module, &weights, input, error, fallback)));
+        let outcome = crate::check::Outcome { error, fallback, tokens: (i == 2).then_some(77) };
+        record.linear(&site.module, &weights, input.as_ref(), &outcome);
+        linears.push(format!("{:?}", (&site.module, &weights, input, outcome)));
     }
     (record, linears)
 }
@@ -66,7 +67,7 @@ fn every_kind_of_weight_comes_back_exactly() {
         let found = decode(&record.encode().unwrap(), 2, &plan).unwrap();
         let linears = found.linears.iter();
         let linears: Vec<String> =
-            linears.map(|l| format!("{:?}", (&l.site.module, &l.weights, l.input, l.error, &l.fallback))).collect();
+            linears.map(|l| format!("{:?}", (&l.site.module, &l.weights, l.input, &l.outcome))).collect();
         assert!(linears == wanted, "{scheme:?}");
         assert_eq!(found.folds.len(), plan.folds[2].len());
         assert_eq!(found.edits.len(), 1);

@@ -1,0 +1,425 @@
+//! The experts of a block, one after the other: each is solved on the rows that its router sends it, and run in both
+//! streams. Besides the block itself only one expert's statistics and outputs are in memory, whatever their number.
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+use lite_decoder::{Block, InputId, MoeSpec, Routing, Stream, gather, with_cpu_slice};
+use lite_stats::CrossStats;
+
+use crate::batches::in_order;
+use crate::calibrate::{Pass, Sink, by_input};
+use crate::fold::tensor;
+use crate::hidden::HiddenStates;
+use crate::layer::{Drift, Solved, nearest, solve_input};
+use crate::poor::Poor;
+use crate::run::{LayerClock, Runner};
+use crate::sequential::Lanes;
+use crate::{ExpertPolicy, JobError, QuantSite};
+
+/// Rows of one expert that are handled together.
+const CHUNK: usize = 4096;
+
+/// Bytes of an expert's intermediate rows that are kept from its statistics to its outputs.
+const KEPT: usize = 256 << 20;
+
+/// An expert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Expert {
+    Shared,
+    Routed(u32),
+}
+
+impl Expert {
+    fn number(self) -> Option<u32> {
+        match self {
+            Self::Shared => None,
+            Self::Routed(e) => Some(e),
+        }
+    }
+
+    fn inputs(self, block: usize) -> [InputId; 2] {
+        let streams = match self {
+            Self::Shared => [Stream::MlpIn, Stream::SharedMid],
+            Self::Routed(e) => [Stream::ExpertIn(e), Stream::ExpertMid(e)],
+        };
+        streams.map(|stream| InputId { block, stream })
+    }
+
+    fn mid(self, block: &Block, x: &Tensor) -> Result<Tensor, JobError> {
+        match self {
+            Self::Shared => block.shared_mid(x)?.ok_or_else(|| JobError::Input("there is no shared expert".to_owned())),
+            Self::Routed(e) => Ok(block.expert_mid(e, x)?),
+        }
+    }
+
+    fn out(self, block: &Block, x: &Tensor, middle: &Tensor) -> Result<Tensor, JobError> {
+        Ok(match self {
+            Self::Shared => block.shared_out(x, middle)?,
+            Self::Routed(e) => block.expert_out(e, middle)?,
+        })
+    }
+
+    /// Its rows among `tokens`, with their weights.
+    fn rows(self, routing: &Routing, tokens: usize) -> Members {
+        match self {
+            Self::Shared => ((0..tokens as u32).collect(), vec![1.0; tokens]),
+            Self::Routed(e) => routing.rows(e),
+        }
+    }
+}
+
+/// Rows and the weights of their outputs.
+type Members = (Vec<u32>, Vec<f32>);
+
+/// Rows of one expert in either stream.
+#[derive(Debug, Default, PartialEq)]
+struct Chunk {
+    /// All of them, in order.
+    rows: Vec<u32>,
+    /// Places in `rows` of those that the float model's router sends, with their weights.
+    float: Members,
+    /// The same of the quantized model.
+    coded: Members,
+}
+
+impl Chunk {
+    fn rows_at(&self, places: &[u32]) -> Vec<u32> {
+        places.iter().map(|place| self.rows[*place as usize]).collect()
+    }
+}
+
+/// Both routers' rows of one expert, merged and cut.
+fn chunks(float: &Members, coded: &Members) -> Vec<Chunk> {
+    let (mut f, mut c) = (0, 0);
+    let mut chunks = vec![Chunk::default()];
+    while f < float.0.len() || c < coded.0.len() {
+        let row = [float.0.get(f), coded.0.get(c)].into_iter().flatten().min().copied().unwrap_or_default();
+        if chunks.last().is_none_or(|chunk| chunk.rows.len() == CHUNK) {
+            chunks.push(Chunk::default());
+        }
+        let Some(chunk) = chunks.last_mut() else { break };
+        let place = chunk.rows.len() as u32;
+        chunk.rows.push(row);
+        for (at, from, to) in [(&mut f, float, &mut chunk.float), (&mut c, coded, &mut chunk.coded)] {
+            if from.0.get(*at) == Some(&row) {
+                to.0.push(place);
+                to.1.push(from.1[*at]);
+                *at += 1;
+            }
+        }
+    }
+    chunks.retain(|chunk| !chunk.rows.is_empty());
+    chunks
+}
+
+/// Both streams at the experts' input.
+struct Stage {
+    /// `(tokens, hidden)` of the float and of the quantized stream.
+    normed: [HiddenStates; 2],
+    routing: [Routing; 2],
+    hidden: usize,
+    tokens: usize,
+}
+
+/// What the rows of a chunk become, in the float and in the quantized stream.
+type Pair = (Tensor, Tensor);
+
+impl Runner<'_> {
+    /// Solves the feed-forward of a block with experts, whose attention is solved in `coded` and whose lanes are at the
+    /// heads' outputs, writes it, and moves both lanes behind the block; returns the linears' relative errors.
+    pub(crate) fn solve_experts(
+        &self,
+        pass: &Pass<'_>,
+        original: &Block,
+        mut coded: Block,
+        lanes: &mut Lanes,
+        sink: &mut Sink<'_>,
+        clock: &LayerClock<'_>,
+    ) -> Result<Vec<f64>, JobError> {
+        let index = original.spec().index;
+        let moe = original.spec().moe().ok_or_else(|| JobError::Input(format!("block {index} has no experts")))?;
+        clock.step(index, "route");
+        let stage = self.enter_experts(pass, moe, original, &coded, lanes)?;
+        let poor = self.poor_experts(index, &stage.routing[1].counts(moe.experts))?;
+        clock.step(index, "solve");
+        let groups: BTreeMap<InputId, Vec<&QuantSite>> = by_input(self.plan, index).into_iter().collect();
+        let last_block = index + 1 == pass.spec.blocks.len();
+        let mut errors = Vec::new();
+        for expert in all_experts(moe) {
+            self.go_on()?;
+            let [float, quantized] = [0, 1].map(|i| expert.rows(&stage.routing[i], stage.tokens));
+            let own = chunks(&float, &quantized);
+            let work = Work { runner: self, stage: &stage, expert, own: &own, moe, poor: poor.of(expert.number()) };
+            let mut kept = Vec::new();
+            for (mid, input) in expert.inputs(index).into_iter().enumerate() {
+                let Some(sites) = groups.get(&input) else { continue };
+                for (site, solved) in sites.iter().zip(work.solve(original, &coded, sites, mid == 1, &mut kept)?) {
+                    self.place(&mut coded, site, &solved.quantized.dequantize())?;
+                    self.finish_site(site, &solved, sink)?;
+                    errors.extend(solved.error);
+                }
+            }
+            // The last block's outputs feed nothing.
+            if !last_block {
+                work.add_outputs(original, &coded, kept, lanes)?;
+            }
+            // The coded weights have served.
+            for site in expert.inputs(index).iter().filter_map(|input| groups.get(input)).flatten() {
+                let role = crate::calibrate::role(site)?;
+                if let Some(weight) = original.weight(role) {
+                    coded.set_weight(role, weight.clone())?;
+                }
+            }
+        }
+        Ok(errors)
+    }
+
+    /// Moves both lanes behind a solved block, from the heads' outputs: the same products of the same rows as in
+    /// [`Self::solve_experts`], and so the same bits.
+    pub(crate) fn pass_experts(
+        &self,
+        pass: &Pass<'_>,
+        original: &Block,
+        coded: &Block,
+        lanes: &mut Lanes,
+    ) -> Result<(), JobError> {
+        let Some(moe) = original.spec().moe() else { return Ok(()) };
+        let stage = self.enter_experts(pass, moe, original, coded, lanes)?;
+        for expert in all_experts(moe) {
+            self.go_on()?;
+            let [float, quantized] = [0, 1].map(|i| expert.rows(&stage.routing[i], stage.tokens));
+            let own = chunks(&float, &quantized);
+            let work = Work { runner: self, stage: &stage, expert, own: &own, moe, poor: None };
+            work.add_outputs(original, coded, Vec::new(), lanes)?;
+        }
+        Ok(())
+    }
+
+    /// Moves both lanes behind attention, and both routers' choices.
+    fn enter_experts(
+        &self,
+        pass: &Pass<'_>,
+        moe: &MoeSpec,
+        original: &Block,
+        coded: &Block,
+        lanes: &mut Lanes,
+    ) -> Result<Stage, JobError> {
+        let windows = lanes.float.residual.windows();
+        let hidden = pass.spec.hidden;
+        let store = |name: &str| self.store(name, windows, hidden);
+        let normed = [store("experts-in")?, store("experts-in-quantized")?];
+        let routing = [Routing::empty(moe.top_k), Routing::empty(moe.top_k)];
+        let mut state = (lanes, Stage { normed, routing, hidden, tokens: windows * self.plan.seqlen });
+        let side = |block: &Block, lane: &crate::sequential::Lane, (first, count): (usize, usize)| {
+            let rows = count * self.plan.seqlen;
+            let width = lane.heads.window_values() / self.plan.seqlen.max(1);
+            let residual = lane.residual.tensor((first, count), &[rows, hidden], &self.plan.device)?;
+            let heads = lane.heads.tensor((first, count), &[rows, width], &self.plan.device)?;
+            let residual = block.after_attn(&residual, &heads)?;
+            let normed = block.mlp_in(&residual)?;
+            let routing = block.route(&normed)?;
+            Ok::<_, JobError>((residual, normed, routing))
+        };
+        in_order(
+            &mut state,
+            self.batches(windows),
+            |(lanes, _), batch| Ok([side(original, &lanes.float, batch)?, side(coded, &lanes.quantized, batch)?]),
+            |(lanes, stage), (first, _), sides| {
+                self.go_on()?;
+                for (i, (residual, normed, routing)) in sides.into_iter().enumerate() {
+                    let lane = if i == 0 { &mut lanes.float } else { &mut lanes.quantized };
+                    lane.residual.keep(first, &residual)?;
+                    stage.normed[i].keep(first, &normed)?;
+                    stage.routing[i].append(routing);
+                }
+                Ok(())
+            },
+        )?;
+        Ok(state.1)
+    }
+}
+
+/// In the order in which their outputs are added.
+fn all_experts(moe: &MoeSpec) -> impl Iterator<Item = Expert> {
+    let shared = moe.shared.iter().map(|_| Expert::Shared);
+    shared.chain((0..moe.experts as u32).map(Expert::Routed))
+}
+
+/// One expert at work.
+struct Work<'a> {
+    runner: &'a Runner<'a>,
+    stage: &'a Stage,
+    expert: Expert,
+    own: &'a [Chunk],
+    moe: &'a MoeSpec,
+    /// Its tokens, if they are too few.
+    poor: Option<Poor>,
+}
+
+impl Work<'_> {
+    fn rows(&self, side: usize, rows: &[u32]) -> Result<Tensor, JobError> {
+        let values = self.stage.normed[side].rows(rows, self.stage.hidden)?;
+        tensor(values, &[rows.len(), self.stage.hidden], &self.runner.plan.device)
+    }
+
+    /// The inputs of a chunk: all its rows of the float stream, those of the quantized one that its router sends.
+    fn inputs(&self, chunk: &Chunk) -> Result<Pair, JobError> {
+        Ok((self.rows(0, &chunk.rows)?, self.rows(1, &chunk.rows_at(&chunk.coded.0))?))
+    }
+
+    fn mids(&self, original: &Block, coded: &Block, (float, quantized): &Pair) -> Result<Pair, JobError> {
+        let expert = self.expert;
+        let mid = |block: &Block, x: &Tensor| if x.dims()[0] > 0 { expert.mid(block, x) } else { Ok(x.clone()) };
+        let (float, quantized) = rayon::join(|| mid(original, float), || mid(coded, quantized));
+        Ok((float?, quantized?))
+    }
+
+    /// Solves the linears that read one input of the expert: that of gate and up, or, if `mid`, that of down.
+    fn solve(
+        &self,
+        original: &Block,
+        coded: &Block,
+        sites: &[&QuantSite],
+        mid: bool,
+        kept: &mut Vec<Pair>,
+    ) -> Result<Vec<Solved>, JobError> {
+        let weights = self.runner.weights(original, sites)?;
+        let plan = self.runner.plan;
+        let mut solved = match self.poor {
+            Some(poor) if poor.policy == ExpertPolicy::Nearest => nearest(&weights, plan)?,
+            _ => {
+                let Some(width) = sites.first().map(|site| site.in_features) else { return Ok(Vec::new()) };
+                let stats = self.statistics(original, coded, width, mid, kept)?;
+                solve_input(&weights, stats.input.gram(), Drift::Inputs(stats.cross()), plan)?
+            }
+        };
+        for solved in &mut solved {
+            // What was made for tuning is not needed: experts are not tuned.
+            solved.target = None;
+            if let Expert::Routed(_) = self.expert {
+                solved.tokens = Some(self.own.iter().map(|chunk| chunk.coded.0.len() as u64).sum());
+            }
+            if let Some(poor) = self.poor {
+                solved.fallback = Some(poor.words());
+            }
+        }
+        Ok(solved)
+    }
+
+    /// The statistics of one input over the expert's own rows, or over all tokens as the router weights them.
+    fn statistics(
+        &self,
+        original: &Block,
+        coded: &Block,
+        width: usize,
+        mid: bool,
+        kept: &mut Vec<Pair>,
+    ) -> Result<CrossStats, JobError> {
+        let all;
+        let weighted = self.poor.is_some();
+        let seen = if weighted {
+            let every: Members = ((0..self.stage.tokens as u32).collect(), vec![1.0; self.stage.tokens]);
+            all = chunks(&every, &every);
+            &all
+        } else {
+            self.own
+        };
+        let room = |chunks: &[Chunk]| {
+            let rows: usize = chunks.iter().map(|chunk| chunk.rows.len() + chunk.coded.0.len()).sum();
+            rows * self.moe.intermediate * 4 <= KEPT
+        };
+        let keeps = mid && !weighted && self.expert != Expert::Shared && room(seen);
+        let mut stats = CrossStats::new(width, width);
+        for chunk in seen {
+            self.runner.go_on()?;
+            let inputs = self.inputs(chunk)?;
+            let emphasis = self.emphasis(coded, &inputs.1, weighted)?;
+            let (float, quantized) = if mid { self.mids(original, coded, &inputs)? } else { inputs };
+            if !chunk.coded.0.is_empty() {
+                let other = weighted_rows(gather(&float, &chunk.coded.0)?, emphasis.as_deref())?;
+                stats.update(&other, &weighted_rows(quantized.clone(), emphasis.as_deref())?)?;
+            }
+            if keeps {
+                kept.push((float, quantized));
+            }
+        }
+        stats.finish()?;
+        let channels = stats.input.broken_channels();
+        if channels > 0 {
+            let input = format!("{:?} {}", self.expert, if mid { "down" } else { "gate and up" });
+            let block = original.spec().index;
+            return Err(lite_stats::StatsError::NotFinite { block, input, channels, total: width }.into());
+        }
+        Ok(stats)
+    }
+
+    /// The square root of the router's score of this expert, for each row of its input.
+    fn emphasis(&self, coded: &Block, normed: &Tensor, weighted: bool) -> Result<Option<Vec<f32>>, JobError> {
+        let (true, Expert::Routed(e)) = (weighted, self.expert) else { return Ok(None) };
+        Ok(Some(score_roots(coded, normed, e, self.moe.experts)?))
+    }
+
+    /// Adds the expert's weighted outputs to both residual streams.
+    fn add_outputs(&self, original: &Block, coded: &Block, kept: Vec<Pair>, lanes: &mut Lanes) -> Result<(), JobError> {
+        let mut kept = kept.into_iter();
+        for chunk in self.own {
+            let inputs = self.inputs(chunk)?;
+            let mids = match kept.next() {
+                Some(mids) => mids,
+                None => self.mids(original, coded, &inputs)?,
+            };
+            let float = [gather(&inputs.0, &chunk.float.0)?, gather(&mids.0, &chunk.float.0)?];
+            let sides = [
+                (original, &float[0], &float[1], &chunk.float, &mut lanes.float.residual),
+                (coded, &inputs.1, &mids.1, &chunk.coded, &mut lanes.quantized.residual),
+            ];
+            for (block, x, middle, (places, weights), residual) in sides {
+                if places.is_empty() {
+                    continue;
+                }
+                let out = self.expert.out(block, x, middle)?;
+                let rows = chunk.rows_at(places);
+                with_cpu_slice(&out, |out| residual.add_rows(&rows, weights, out))??;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `√` of the router's scores of one expert, for the rows of `normed`.
+pub(crate) fn score_roots(block: &Block, normed: &Tensor, expert: u32, experts: usize) -> Result<Vec<f32>, JobError> {
+    let scores = block.router_scores(normed)?;
+    Ok(scores.chunks_exact(experts.max(1)).map(|row| row[expert as usize].max(0.0).sqrt()).collect())
+}
+
+/// Rows times factors.
+pub(crate) fn weighted_rows(x: Tensor, factors: Option<&[f32]>) -> Result<Tensor, JobError> {
+    let Some(factors) = factors else { return Ok(x) };
+    let column = tensor(factors.to_vec(), &[factors.len(), 1], x.device())?;
+    Ok(x.broadcast_mul(&column).map_err(lite_decoder::DecoderError::from)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_routers_rows_are_merged() {
+        let float = (vec![1, 4, 9], vec![0.1, 0.4, 0.9]);
+        let coded = (vec![0, 4], vec![0.5, 0.6]);
+        let found = chunks(&float, &coded);
+        let wanted = Chunk {
+            rows: vec![0, 1, 4, 9],
+            float: (vec![1, 2, 3], vec![0.1, 0.4, 0.9]),
+            coded: (vec![0, 2], vec![0.5, 0.6]),
+        };
+        assert_eq!(found, [wanted]);
+        assert_eq!(found[0].rows_at(&found[0].coded.0), [0, 4]);
+        let none = (vec![], vec![]);
+        assert_eq!(chunks(&none, &none), []);
+        let every: Members = ((0..CHUNK as u32 + 5).collect(), vec![1.0; CHUNK + 5]);
+        let cut = chunks(&every, &none);
+        assert_eq!(cut.iter().map(|c| (c.rows.len(), c.coded.0.len())).collect::<Vec<_>>(), [(CHUNK, 0), (5, 0)]);
+    }
+}
