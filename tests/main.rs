@@ -3,18 +3,22 @@
 
 mod e2e {
     mod bad_input;
+    mod bad_matrix;
     mod convert;
     mod determinism;
     mod eight_bit;
     mod env;
     mod eval;
+    mod experts;
     mod families;
+    mod faults;
     mod fp8_source;
     mod generate;
     mod gptq;
     mod layering;
     mod manifests;
     mod outputs;
+    mod plans;
     mod poison;
     mod quantize;
     mod recipes;

@@ -141,3 +141,32 @@ fn inspect_tells_what_is_there() {
     let missing = lite().arg("inspect").arg(dir.path()).output().unwrap();
     assert_eq!(missing.status.code(), Some(3), "{}", String::from_utf8_lossy(&missing.stderr));
 }
+
+#[test]
+fn what_told_of_the_source_is_set_aside_and_a_card_tells_of_the_result() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let source = copy_of(&model());
+    let card = "---\nlicense: mit\nbase_model: org/novels\n---\n# The original\n";
+    std::fs::write(source.path().join("README.md"), card).unwrap();
+    auto_awq_ok(source.path(), &at("awq"), &QUICK);
+    convert_ok(&at("awq"), &at("gptq"), &["--layout", "gptq"]);
+    let (awq, gptq) = (files(&at("awq")), files(&at("gptq")));
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    let new = text(&gptq["README.md"]);
+    assert!(new.contains("from the `awq` layout to the `gptq` layout") && new.contains("42 of 42 linears"), "{new}");
+    assert!(new.contains("license: \"mit\"") && new.contains("`README.base.2.md`"), "{new}");
+    assert!(!new.contains("perplexity"), "nothing was measured: {new}");
+    // Byte for byte, under names that say whose they are.
+    assert_eq!(text(&gptq["README.base.md"]), card);
+    for (kept, name) in
+        [("README.base.2.md", "README.md"), ("report.base.json", "report.json"), ("report.base.html", "report.html")]
+    {
+        assert_eq!(gptq[kept], awq[name], "{kept}");
+    }
+    assert!(!gptq.contains_key("report.json") && !gptq.contains_key("report.html"));
+
+    convert_ok(&at("awq"), &at("bare"), &["--layout", "plain", "--no-report"]);
+    let bare = files(&at("bare"));
+    assert!(!bare.contains_key("README.md") && !bare.contains_key("report.json"), "{:?}", bare.keys());
+}

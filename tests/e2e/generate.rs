@@ -1,8 +1,13 @@
 //! `lite generate`: the text of transformers, and the same tokens from a packed checkpoint as from its dequantized twin.
 
-use std::path::Path;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::Output;
 
+use lite_decoder::{Block, Compute, DecoderError, Embedding, Head, Rope, with_cpu_slice};
+use lite_runtime::Engine;
+use lite_runtime::eval::EvalModel;
+use lite_runtime::generate::{KvCache, KvPrecision, ResidentModel, Wanted};
 use safetensors::Dtype;
 use serde_json::Value;
 
@@ -148,6 +153,146 @@ fn packed_checkpoints_give_the_tokens_of_their_dequantized_twins() {
             assert_eq!(found["tokens"].as_array().unwrap().len(), 48, "{bits}");
         }
     }
+}
+
+/// Logits of all tokens by the decoder's blocks, with what `engine` makes of their inputs and of the cache.
+fn block_logits(model: &EvalModel, engine: Option<&Engine>, tokens: &[u32]) -> Vec<f32> {
+    let (spec, source, compute) = (model.spec(), model.source(), Compute::cpu());
+    let logits = || -> Result<Vec<f32>, DecoderError> {
+        let rope = Rope::new(spec, tokens.len(), compute.device())?;
+        let mut x = Embedding::load(spec, &source, compute.device())?.embed(&[tokens.to_vec()])?;
+        for index in 0..spec.blocks.len() {
+            let cache = engine.and_then(|engine| engine.cache(index)).map(|scales| scales as _);
+            let block = Block::load(spec, index, &source, &compute)?;
+            x = block.forward_as_engine(&x, &rope, engine.map(|engine| engine as _), cache)?;
+        }
+        let logits = Head::load(spec, &source, compute.device())?.logits(&x.flatten(0, 1)?)?;
+        with_cpu_slice(&logits, <[f32]>::to_vec)
+    };
+    logits().unwrap()
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
+}
+
+/// A copy of the checkpoint without all blocks but the first.
+fn only_first_block(from: &Path, to: &Path) -> PathBuf {
+    std::fs::create_dir(to).unwrap();
+    let mut all = tensors(from);
+    all.retain(|name, _| !name.contains("layers.") || name.contains("layers.0."));
+    write_tensors(to, &all, &[("format", "pt")]);
+    let mut config = config(from);
+    config["num_hidden_layers"] = 1.into();
+    std::fs::write(to.join("config.json"), config.to_string()).unwrap();
+    to.to_owned()
+}
+
+/// Holds generation with a checkpoint against the decoder's blocks: nearer to them with the engine's rounding than
+/// `part` of what that changes, and the same without it.
+fn agrees(dir: &Path, tokens: &[u32], part: f64) {
+    let files = EvalModel::open(dir).unwrap();
+    let wanted = block_logits(&files, Some(files.engine().unwrap()), tokens);
+    let float = block_logits(&files, None, tokens);
+    let changed = distance(&float, &wanted);
+    let rounded = ResidentModel::from_checkpoint(&files).unwrap();
+    // All at once, and a prompt that goes on token by token.
+    for cuts in [vec![tokens.len()], [vec![20], vec![1; tokens.len() - 20]].concat()] {
+        let mut cache = KvCache::new(rounded.spec(), KvPrecision::Float);
+        let (mut found, mut at) = (Vec::new(), 0);
+        for cut in cuts {
+            found.extend(rounded.forward(&mut cache, &tokens[at..at + cut], Wanted::All).unwrap());
+            at += cut;
+        }
+        let off = distance(&found, &wanted);
+        assert!(changed > 0.0 && off < part * changed, "{}: {off}, rounding changes {changed}", dir.display());
+    }
+    let plain = rounded.with_float_activations();
+    let mut cache = KvCache::new(plain.spec(), KvPrecision::Float);
+    let found = plain.forward(&mut cache, tokens, Wanted::All).unwrap();
+    assert!(distance(&found, &float) < 1e-3 * changed, "{}", dir.display());
+}
+
+/// Generation computes what `eval` measures: activations and cache as the checkpoint tells engines to round them.
+#[test]
+fn activations_are_rounded_as_engines_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let golden = golden();
+    let tokens: Vec<u32> = golden["tokens"].as_array().unwrap().iter().map(|t| t.as_u64().unwrap() as u32).collect();
+    let data = ["--calib-dataset", "builtin", "--calib-samples", "4", "--calib-seqlen", "64", "--eval-samples", "0"];
+    for (name, verb, flags) in [
+        ("int8", "rtn", &["--scheme", "W8A8"][..]),
+        ("fp8", "rtn", &["--scheme", "FP8_DYNAMIC"]),
+        ("fp8-static-cache", "rtn", &["--scheme", "FP8", "--kv-cache", "fp8-head"]),
+        ("fp4", "rtn", &["--scheme", "NVFP4"]),
+        ("cache", "auto_awq", &["--kv-cache", "fp8", "--layout", "compressed-tensors"]),
+    ] {
+        let out = dir.path().join(name);
+        let made = lite().arg(verb).arg(model()).arg("--work-dir").arg(&out).args(flags).args(data).output().unwrap();
+        assert!(made.status.success(), "{name}: {}", String::from_utf8_lossy(&made.stderr));
+        // Sums in another order tip a code over here and there, and every rounding after that makes more of it: a single
+        // block shows that the rounding is the same one, all six that it is everywhere.
+        agrees(&only_first_block(&out, &dir.path().join(format!("{name}-1"))), &tokens, 0.2);
+        agrees(&out, &tokens, 0.7);
+
+        let flags = ["--prompt", "It was a bright morning", "--max-new-tokens", "8"];
+        let activations = name != "cache";
+        assert_eq!(json(&out, &flags)["quantized_activations"], activations, "{name}");
+        let said = |flags: &[&str]| ok(&out, flags).1.contains("rounded as engines do for this checkpoint");
+        let floats = [&flags[..], &["--float-activations"]].concat();
+        assert!(said(&flags) && !said(&floats), "{name}");
+        assert_eq!(json(&out, &floats)["quantized_activations"], false, "{name}");
+    }
+    assert!(!ok(&model(), &["--prompt", "It", "--max-new-tokens", "2"]).1.contains("rounded as engines"));
+}
+
+/// A model whose headers promise more than any machine has; its file is a hole.
+fn write_enormous(dir: &Path) -> std::io::Result<()> {
+    let (hidden, layers) = (65_536usize, 16);
+    let mut config = config(&model());
+    for (key, value) in [("hidden_size", hidden), ("intermediate_size", 4 * hidden), ("num_hidden_layers", layers)] {
+        config[key] = value.into();
+    }
+    for key in ["num_attention_heads", "num_key_value_heads"] {
+        config[key] = (hidden / 128).into();
+    }
+    config["head_dim"] = 128.into();
+    std::fs::copy(model().join("tokenizer.json"), dir.join("tokenizer.json"))?;
+    std::fs::write(dir.join("config.json"), config.to_string())?;
+    let spec = lite_decoder::DecoderSpec::from_config(config.as_object().unwrap()).unwrap();
+    let (mut header, mut end) = (serde_json::Map::new(), 0usize);
+    for tensor in spec.tensors() {
+        let bytes = 2 * tensor.shape.iter().product::<usize>();
+        let entry = serde_json::json!({"dtype": "BF16", "shape": tensor.shape, "data_offsets": [end, end + bytes]});
+        header.insert(tensor.name, entry);
+        end += bytes;
+    }
+    let header = Value::from(header).to_string();
+    let mut file = std::fs::File::create(dir.join("model.safetensors"))?;
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(header.as_bytes())?;
+    file.set_len((8 + header.len() + end) as u64)
+}
+
+/// Memory is compared before anything is read.
+#[test]
+fn a_model_that_does_not_fit_is_refused() {
+    let flags = ["--prompt", "It", "--max-new-tokens", "8"];
+    let with = |memory| [&flags[..], &["--max-memory", memory]].concat();
+    fails(&model(), &with("4MB"), 5, &["of it for weights", "--max-memory allows 4", "fewer bits", "lite eval"]);
+    ok(&model(), &with("1GB"));
+    // 2000 tokens of keys and values are larger than the model.
+    let long = [&flags[..2], &["--max-new-tokens", "2000", "--max-memory", "35MB"]].concat();
+    fails(&model(), &long, 5, &["2001 tokens", "lower --max-new-tokens"]);
+    ok(&model(), &with("35MB"));
+
+    let dir = tempfile::tempdir().unwrap();
+    if let Err(error) = write_enormous(dir.path()) {
+        eprintln!("skipped: this file system takes no file of some terabytes: {error}");
+        return;
+    }
+    fails(dir.path(), &flags, 5, &["GB of it for weights", "are free", "fewer bits"]);
 }
 
 #[test]

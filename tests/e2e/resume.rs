@@ -41,31 +41,31 @@ fn awq(out: &Path, more: &[&str]) -> Output {
     command("auto_awq", &[], &model(), out, more).output().unwrap()
 }
 
-fn stderr(output: &Output) -> String {
+pub(super) fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 /// All files but the log, which has times.
-fn result(out: &Path) -> BTreeMap<String, Vec<u8>> {
+pub(super) fn result(out: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut found = files(out);
     found.remove("lite.log.jsonl");
     found
 }
 
-fn same(found: &BTreeMap<String, Vec<u8>>, wanted: &BTreeMap<String, Vec<u8>>, what: &str) {
+pub(super) fn same(found: &BTreeMap<String, Vec<u8>>, wanted: &BTreeMap<String, Vec<u8>>, what: &str) {
     let differ: Vec<&String> =
         wanted.keys().chain(found.keys()).filter(|name| found.get(*name) != wanted.get(*name)).collect();
     assert!(differ.is_empty(), "{what}: {differ:?} differ");
 }
 
 /// Lines of finished blocks.
-fn finished(out: &Path) -> usize {
+pub(super) fn finished(out: &Path) -> usize {
     let journal = std::fs::read_to_string(out.join(".lite/journal.jsonl")).unwrap_or_default();
     journal.lines().filter(|line| line.contains("\"kind\":\"block\"")).count()
 }
 
 /// Starts the run and kills it once `when` says so; `None` if it came to its end before.
-fn killed(mut command: Command, mut when: impl FnMut() -> bool) -> Option<Output> {
+pub(super) fn killed(mut command: Command, mut when: impl FnMut() -> bool) -> Option<Output> {
     let mut child = command.spawn().unwrap();
     while child.try_wait().unwrap().is_none() {
         if when() {

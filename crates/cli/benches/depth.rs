@@ -1,5 +1,6 @@
-//! Peak memory against depth: `cargo bench -p lite --bench depth` writes synthetic checkpoints of 8, 16 and 32
-//! equal blocks, runs the real binary on each, and prints what the run says of its own peak.
+//! Peak memory against depth: `cargo bench -p lite --bench depth` writes synthetic checkpoints of 4, 8, 16 and 32
+//! equal blocks, quantizes and evaluates each with the real binary, and prints what the runs say of their own peak.
+//! Greedy continuations, which hold a whole model, are left out.
 #![allow(clippy::print_stdout, reason = "a benchmark prints its table")]
 
 use std::path::Path;
@@ -42,35 +43,54 @@ fn write_model(dir: &Path, layers: usize) -> Result<u64, Box<dyn std::error::Err
     Ok(written.total_bytes)
 }
 
+/// The events that the binary prints.
+fn run(verb: &str, model: &Path, flags: &[&str]) -> Result<Vec<serde_json::Value>, Box<dyn std::error::Error>> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lite"));
+    let output = command.arg(verb).arg(model).args(flags).args(["--format", "json"]).output()?;
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into());
+    }
+    let text = String::from_utf8(output.stdout)?;
+    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+}
+
+fn mib(value: &serde_json::Value) -> f64 {
+    value.as_f64().unwrap_or(f64::NAN) / f64::from(1 << 20)
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    println!("hidden {HIDDEN}, intermediate {INTERMEDIATE}; auto_awq --no-search-scale, 4 windows of 512 tokens");
-    println!("{:>7} {:>12} {:>12} {:>12} {:>9}", "layers", "model MiB", "planned MiB", "peak MiB", "seconds");
-    for layers in [8, 16, 32] {
+    println!(
+        "hidden {HIDDEN}, intermediate {INTERMEDIATE}; peak MiB of auto_awq --no-search-scale and of eval, 4 windows of 512 tokens"
+    );
+    println!(
+        "{:>7} {:>12} {:>12} {:>12} {:>9} {:>12} {:>12} {:>12}",
+        "layers", "model MiB", "planned", "auto_awq", "seconds", "eval", "--against", "eval float"
+    );
+    for layers in [4, 8, 16, 32] {
         let dir = tempfile::tempdir()?;
         let model = dir.path().join("model");
         std::fs::create_dir(&model)?;
         let bytes = write_model(&model, layers)?;
-        let output = Command::new(env!("CARGO_BIN_EXE_lite"))
-            .arg("auto_awq")
-            .arg(&model)
-            .arg("--work-dir")
-            .arg(dir.path().join("out"))
-            .args(["--calib-dataset", "random", "--calib-samples", "4", "--calib-seqlen", "512"])
-            .args(["--no-search-scale", "--eval-samples", "2", "--format", "json"])
-            .output()?;
-        let text = String::from_utf8(output.stdout)?;
-        let events: Vec<serde_json::Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-        let of = |kind: &str| events.iter().find(|e| e["event"] == kind);
-        let (Some(plan), Some(summary)) = (of("plan"), of("summary")) else {
-            return Err(String::from_utf8_lossy(&output.stderr).into());
+        let out = dir.path().join("out");
+        let (from, to) = (model.to_string_lossy(), out.to_string_lossy());
+        let flags = ["--work-dir", &to, "--calib-dataset", "random", "--calib-samples", "4", "--calib-seqlen", "512"];
+        let events = run("auto_awq", &model, &[&flags[..], &["--no-search-scale", "--eval-samples", "2"]].concat())?;
+        let of = |kind: &str| events.iter().find(|e| e["event"] == kind).ok_or(format!("no {kind} among the events"));
+        let (plan, summary) = (of("plan")?, of("summary")?);
+        let peak = |model: &Path, more: &[&str]| -> Result<f64, Box<dyn std::error::Error>> {
+            let flags = ["--dataset", "builtin", "--windows", "4", "--seqlen", "512", "--canary", "0"];
+            let events = run("eval", model, &[&flags[..], more].concat())?;
+            Ok(mib(&events.last().ok_or("eval says nothing")?["peak_resident_bytes"]))
         };
-        let mib = |value: &serde_json::Value| value.as_f64().unwrap_or(f64::NAN) / f64::from(1 << 20);
         println!(
-            "{layers:>7} {:>12.0} {:>12.0} {:>12.0} {:>9.1}",
+            "{layers:>7} {:>12.0} {:>12.0} {:>12.0} {:>9.1} {:>12.0} {:>12.0} {:>12.0}",
             bytes as f64 / f64::from(1 << 20),
             mib(&plan["memory"]["peak"]),
             mib(&summary["peak_resident_bytes"]),
-            summary["seconds"].as_f64().unwrap_or(f64::NAN)
+            summary["seconds"].as_f64().unwrap_or(f64::NAN),
+            peak(&out, &[])?,
+            peak(&out, &["--against", &from])?,
+            peak(&model, &[])?
         );
     }
     Ok(())

@@ -72,14 +72,8 @@ pub(crate) enum Command {
     /// Remove what an interrupted run left in its work directory; a finished result is not touched
     Clean(crate::commands::resume::CleanArgs),
 
-    /// Show what a run would do and cost, and run nothing
-    Plan {
-        /// The method to plan
-        #[arg(long, value_enum, default_value_t = MethodName::Awq)]
-        method: MethodName,
-        #[command(flatten)]
-        args: Box<QuantizeArgs>,
-    },
+    /// Show what a run, or the jobs of a recipe file, would do and cost, and run nothing
+    Plan(Box<crate::commands::plan::PlanArgs>),
 }
 
 /// The verbs that quantize with calibration.
@@ -287,6 +281,9 @@ pub(crate) struct SolverArgs {
     /// Fail where a linear cannot be solved, instead of rounding it to nearest and saying so
     #[arg(long)]
     pub(crate) no_fallback: bool,
+
+    #[command(flatten)]
+    pub(crate) experts: crate::commands::experts::ExpertArgs,
 }
 
 #[derive(Debug, Args)]

@@ -362,6 +362,7 @@ pub(crate) fn plan_json(plan: &Plan) -> Value {
            "bits_per_weight": plan.bits_per_weight(), "windows": plan.windows, "seqlen": plan.seqlen, "batch_size": plan.batch,
            "source_bytes": plan.source_bytes, "output_bytes": plan.output_bytes, "disk_bytes": plan.disk_bytes,
            "disk_free_bytes": plan.disk_free, "memory": {"peak": memory.peak(), "block": memory.block, "grams": memory.grams,
-           "hidden": memory.hidden, "spooled": memory.spooled, "activations": memory.activations, "solve": memory.solve, "check": memory.check},
+           "hidden": memory.hidden, "middle": memory.middle, "spooled": memory.spooled, "activations": memory.activations,
+           "solve": memory.solve, "check": memory.check},
            "flops": plan.work.total(), "engines": engines, "tensors": tensors, "notes": plan.notes, "warnings": plan.warnings})
 }

@@ -12,6 +12,7 @@
 
 mod adapt;
 mod choose;
+mod documents;
 mod error;
 mod nearest;
 mod plain;
@@ -19,9 +20,10 @@ mod plan;
 mod run;
 mod source;
 
+pub use documents::{Converted, Documents};
 pub use error::ConvertError;
 pub use plan::Recipe;
-pub use run::{ConvertReport, LinearError, convert};
+pub use run::{ConvertReport, LinearError, convert, convert_with};
 
 /// The name that asks for a checkpoint without codes.
 pub const PLAIN: &str = "plain";

@@ -19,6 +19,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::adapt::{Facts, restate};
 use crate::choose::words;
+use crate::documents::{Documents, write_documents};
 use crate::nearest::round;
 use crate::plain::{dtype_name, encode, relative_error};
 use crate::plan::{Chosen, Other, Plan, Recipe, Survey, layout_of};
@@ -63,25 +64,39 @@ pub struct LinearError {
     pub error: f64,
 }
 
+/// [`convert_with`] without documents.
+///
+/// # Errors
+/// As [`convert_with`].
+pub fn convert(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) -> Result<ConvertReport, ConvertError> {
+    convert_with(recipe, observer, &|_| Ok(Vec::new()), cancel)
+}
+
 /// Converts, checks and publishes.
 ///
 /// `cancel` is looked at between linears.
 ///
 /// # Errors
 /// See [`ConvertError`]; on any error the work directory holds no checkpoint of this run.
-pub fn convert(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) -> Result<ConvertReport, ConvertError> {
+pub fn convert_with(
+    recipe: &Recipe,
+    observer: &dyn Observer,
+    documents: Documents<'_>,
+    cancel: &AtomicBool,
+) -> Result<ConvertReport, ConvertError> {
     let start = Instant::now();
     if recipe.layout.is_some() || recipe.target.is_none() {
         // A name nobody knows should not cost a download.
         layout_of(recipe, None)?;
     }
-    WorkDir::check(&recipe.work_dir, None, recipe.overwrite)?;
     let wanted = lite_job::Recipe {
         revision: recipe.revision.clone(),
         download_dir: recipe.download_dir.clone(),
         work_dir: recipe.work_dir.clone(),
+        overwrite: recipe.overwrite,
         ..lite_job::Recipe::new(recipe.model.clone())
     };
+    WorkDir::check_named(&wanted)?;
     let folder = locate_model(&wanted, observer, cancel)?;
     WorkDir::check(&recipe.work_dir, Some(&folder), recipe.overwrite)?;
     let source = Source::open(&folder)?;
@@ -100,19 +115,11 @@ pub fn convert(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) ->
     let output_bytes: u64 = plan.outputs.iter().map(OutputTensor::bytes).fold(0, u64::saturating_add);
     fit_disk(&recipe.work_dir, output_bytes)?;
     let (work, _) = WorkDir::open(&recipe.work_dir, Some(&folder), recipe.overwrite)?;
-    let rounded = match (Run { recipe, source: &source, plan: &plan, step: &step }).produce(&work.staging()) {
-        Ok(rounded) => rounded,
-        Err(error) => {
-            work.abandon();
-            return Err(error);
-        }
-    };
-    work.commit()?;
     let loads = |(target, verdict): &(Target, Verdict)| match verdict {
         Verdict::Loads(_) => Some(target.name().to_owned()),
         Verdict::Refuses(_) => None,
     };
-    Ok(ConvertReport {
+    let report = |rounded: Vec<LinearError>| ConvertReport {
         output: recipe.work_dir.clone(),
         from: source.quantized().map_or("fp8", |quantized| quantized.layout().name()).to_owned(),
         layout: plan.layout.map_or(PLAIN, |layout| layout.name()).to_owned(),
@@ -124,7 +131,23 @@ pub fn convert(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) ->
         engines: plan.engines.iter().filter_map(loads).collect(),
         notes: plan.notes.clone(),
         seconds: start.elapsed().as_secs_f64(),
-    })
+    };
+    let staging = work.staging();
+    let run = Run { recipe, source: &source, plan: &plan, step: &step };
+    let result = run.produce(&staging).map(report).and_then(|report| {
+        write_documents(&source, &plan, &report, &staging, documents)?;
+        Ok(report)
+    });
+    let mut report = match result {
+        Ok(report) => report,
+        Err(error) => {
+            work.abandon();
+            return Err(error);
+        }
+    };
+    work.commit()?;
+    report.seconds = start.elapsed().as_secs_f64();
+    Ok(report)
 }
 
 type Step<'a> = &'a dyn Fn(&'static str, usize, usize) -> Result<(), ConvertError>;

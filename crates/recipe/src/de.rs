@@ -61,6 +61,14 @@ impl de::Error for Error {
     }
 
     fn invalid_type(found: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
+        // Rust's names of types mean nothing to whoever writes a recipe.
+        let expected = match expected.to_string().as_str() {
+            "i8" | "i16" | "i32" | "i64" => "a whole number".to_owned(),
+            "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number, 0 or more".to_owned(),
+            "f32" | "f64" => "a number".to_owned(),
+            "a boolean" => "true or false".to_owned(),
+            other => other.to_owned(),
+        };
         Self { at: None, problem: Problem::Value(format!("found {}, wanted {expected}", words(found))) }
     }
 

@@ -96,6 +96,9 @@ pub(crate) struct Job {
     /// Calibrate scales of the key/value cache too
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) kv_cache: Option<KvCacheName>,
+    /// What happens to experts of a mixture that few calibration tokens reach
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) experts: Option<Experts>,
     /// Calibration text
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) calibration: Option<Calibration>,
@@ -108,6 +111,30 @@ pub(crate) struct Job {
     /// Machine
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) resources: Option<Resources>,
+}
+
+/// Experts of a mixture.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Experts {
+    /// Calibration tokens that are enough for an expert's own statistics [default: 128]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) min_tokens: Option<u64>,
+    /// What stands for experts that fewer tokens reach [default: weighted]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) policy: Option<ExpertPolicyName>,
+}
+
+/// What stands for experts that few tokens reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ExpertPolicyName {
+    /// All tokens, each weighted by the router's score for that expert
+    Weighted,
+    /// Nearest rounding, with ranges searched on the weights
+    Nearest,
+    /// The run fails
+    Fail,
 }
 
 /// One step, as a map of one key.

@@ -29,7 +29,7 @@ mod words;
 mod yaml;
 
 pub use error::{Position, RecipeError};
-pub use load::{Dialect, Entry, Loaded, load};
+pub use load::{Dialect, Entry, Loaded, load, load_text};
 pub use lower::CHECK_LIMIT;
 pub use print::to_yaml;
 pub use schema::json_schema;

@@ -68,12 +68,24 @@ pub enum Dialect {
 /// # Errors
 /// The first thing that is wrong, with its place; jobs that write the same folder.
 pub fn load(files: &[PathBuf], sets: &[String], only: Option<usize>) -> Result<Loaded, RecipeError> {
+    let texts = files.iter().map(|path| Ok((path, file(path)?))).collect::<Result<Vec<_>, RecipeError>>()?;
+    jobs(&texts, sets, only)
+}
+
+/// [`load`] of one text that is in no file; `path` stands for where it is from.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_text(text: String, path: &Path) -> Result<Loaded, RecipeError> {
+    jobs(&[(&path.to_owned(), text)], &[], None)
+}
+
+fn jobs(texts: &[(&PathBuf, String)], sets: &[String], only: Option<usize>) -> Result<Loaded, RecipeError> {
     let mut loaded = Loaded::default();
     let mut many = Vec::new();
-    for path in files {
-        let text = file(path)?;
+    for (path, text) in texts {
         let name = lite_model::printable_path(path);
-        let (drafts, sources) = drafts(&text, &name, sets, &mut loaded.warnings)?;
+        let (drafts, sources) = drafts(text, &name, sets, &mut loaded.warnings)?;
         many.push((path, drafts, sources));
     }
     let alone = many.iter().map(|(_, drafts, _)| drafts.len()).sum::<usize>() == 1;

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use lite_job::{
-    CalibSettings, DtypeChoice, EvalSettings, Method, Override, Recipe, Rounding, SmoothScales, Solver, StatsSource,
+    CalibSettings, DtypeChoice, EvalSettings, ExpertPolicy, ExpertSettings, Method, Override, Recipe, Rounding,
+    SmoothScales, Solver, StatsSource,
 };
 use lite_pack::KvCacheScheme;
 use lite_quant::floats::Grain;
@@ -12,7 +13,8 @@ use lite_runtime::eval::Gate;
 
 use crate::error::Fault;
 use crate::file::{
-    Calibration, DtypeName, Eval, Gptq, Job, KvCacheName, RangeName, RoundingName, SmoothAlgorithm, Stage,
+    Calibration, DtypeName, Eval, ExpertPolicyName, Gptq, Job, KvCacheName, RangeName, RoundingName, SmoothAlgorithm,
+    Stage,
 };
 use crate::node::Node;
 use crate::scheme::{SchemeChoice, usual, w8a8};
@@ -89,6 +91,18 @@ pub(crate) fn lower(job: &Job, tree: &Node) -> Result<Lowered, Fault> {
         KvCacheName::Fp8 => KvCacheScheme::Fp8Tensor,
         KvCacheName::Fp8Head => KvCacheScheme::Fp8Head,
     });
+    if let Some(experts) = &job.experts {
+        let usual = ExpertSettings::default();
+        recipe.experts = ExpertSettings {
+            min_tokens: experts.min_tokens.unwrap_or(usual.min_tokens),
+            policy: match experts.policy {
+                None => usual.policy,
+                Some(ExpertPolicyName::Weighted) => ExpertPolicy::Weighted,
+                Some(ExpertPolicyName::Nearest) => ExpertPolicy::Nearest,
+                Some(ExpertPolicyName::Fail) => ExpertPolicy::Fail,
+            },
+        };
+    }
     recipe.dtype = match job.dtype.unwrap_or(DtypeName::Auto) {
         DtypeName::Auto => DtypeChoice::Auto,
         DtypeName::Float16 => DtypeChoice::Float16,

@@ -1,13 +1,13 @@
 //! From what is run to the file that says so.
 
-use lite_job::{DtypeChoice, Method, Recipe, Rounding, SmoothScales, Solver};
+use lite_job::{DtypeChoice, ExpertPolicy, ExpertSettings, Method, Recipe, Rounding, SmoothScales, Solver};
 use lite_pack::KvCacheScheme;
 use lite_quant::Range;
 use lite_runtime::eval::Gate;
 
 use crate::file::{
-    Awq, Calibration, DtypeName, Eval, Gptq, Job, KvCacheName, OverrideRule, RangeName, Resources, RoundingName, Rtn,
-    Save, SmoothAlgorithm, SmoothQuant, Stage,
+    Awq, Calibration, DtypeName, Eval, ExpertPolicyName, Experts, Gptq, Job, KvCacheName, OverrideRule, RangeName,
+    Resources, RoundingName, Rtn, Save, SmoothAlgorithm, SmoothQuant, Stage,
 };
 use crate::scheme::{Numbers, SchemeChoice};
 use crate::words::{Alpha, DeviceName, EngineName, LayoutName, Size};
@@ -76,6 +76,14 @@ pub(crate) fn job(recipe: &Recipe, gates: &[Gate]) -> Job {
         kv_cache: recipe.kv_cache.map(|cache| match cache {
             KvCacheScheme::Fp8Tensor => KvCacheName::Fp8,
             KvCacheScheme::Fp8Head => KvCacheName::Fp8Head,
+        }),
+        experts: (recipe.experts != ExpertSettings::default()).then(|| Experts {
+            min_tokens: Some(recipe.experts.min_tokens),
+            policy: Some(match recipe.experts.policy {
+                ExpertPolicy::Weighted => ExpertPolicyName::Weighted,
+                ExpertPolicy::Nearest => ExpertPolicyName::Nearest,
+                ExpertPolicy::Fail => ExpertPolicyName::Fail,
+            }),
         }),
         calibration: Some(calibration(recipe)),
         eval: eval(recipe, gates),

@@ -9,6 +9,7 @@
 
 mod card;
 mod collect;
+mod conversion;
 pub mod escape;
 mod format;
 mod html;
@@ -21,10 +22,11 @@ mod testing;
 
 pub use card::model_card;
 pub use collect::{Context, LayerTime, hub_id};
+pub use conversion::{Conversion, conversion_card};
 pub use html::page;
 pub use record::{
-    Comparison, EngineVerdict, Fallback, FileFact, Histogram, Layer, Linear, Measured, ModelFacts, OtherScheme, Record,
-    SCHEMA, Sizes, TextFact, Timing, Tool,
+    Comparison, EngineVerdict, Fallback, FileFact, Histogram, Layer, LayerExperts, Linear, Measured, ModelFacts,
+    OtherScheme, Record, SCHEMA, Sizes, TextFact, Timing, Tool,
 };
 pub use source_card::SourceCard;
 

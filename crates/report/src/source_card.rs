@@ -22,6 +22,8 @@ pub struct SourceCard {
     pub languages: Vec<String>,
     /// `pipeline_tag`.
     pub pipeline_tag: Option<String>,
+    /// `base_model`, of one or the first of several: what the source itself was made from.
+    pub base_model: Option<String>,
 }
 
 impl SourceCard {
@@ -44,6 +46,10 @@ impl SourceCard {
             license_link: scalar("license_link"),
             languages,
             pipeline_tag: scalar("pipeline_tag"),
+            base_model: match front.get("base_model") {
+                Some(Value::Sequence(items)) => items.iter().find_map(text_of),
+                value => value.and_then(text_of),
+            },
         }
     }
 }

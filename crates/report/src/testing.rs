@@ -95,6 +95,7 @@ pub(crate) fn record() -> Record {
             })
             .collect(),
         linears: linears.collect(),
+        experts: Vec::new(),
         fallbacks: vec![Fallback {
             module: "model.layers.3.mlp.down_proj".to_owned(),
             reason: "the Gram matrix is not positive definite; rounded to nearest".to_owned(),

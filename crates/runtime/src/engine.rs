@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use lite_decoder::{
-    AttnSpec, BlockSpec, DecoderError, DecoderSpec, InputId, InputTransform, KvPart, KvTransform, Role,
+    AttnSpec, BlockSpec, DecoderError, DecoderSpec, InputId, InputTransform, KvPart, KvTransform, LATENT_ATTENTION,
+    Role,
 };
 use lite_quant::floats::FloatFormat;
 use lite_quant::{ActivationScale, ActivationScheme, InputQuantization, fake_quantize_tokens};
@@ -81,9 +82,14 @@ impl Engine {
         !self.inputs.is_empty()
     }
 
+    /// Whether keys and values are quantized.
+    pub fn quantizes_cache(&self) -> bool {
+        !self.caches.is_empty()
+    }
+
     /// The cache of one block, if it is quantized.
-    pub fn cache(&self, block: usize) -> Option<&dyn KvTransform> {
-        self.caches.get(&block).map(|scales| scales as &dyn KvTransform)
+    pub fn cache(&self, block: usize) -> Option<&CacheScales> {
+        self.caches.get(&block)
     }
 }
 
@@ -120,18 +126,36 @@ impl CacheScales {
         };
         Ok(Self { keys: part("k_scale")?, values: part("v_scale")? })
     }
+
+    fn of(&self, part: KvPart) -> &[f32] {
+        match part {
+            KvPart::Keys => &self.keys,
+            KvPart::Values => &self.values,
+        }
+    }
+
+    /// Rounds keys or values of head `head` alone, `(tokens, head_dim)`, in place.
+    pub fn apply_to_head(&self, part: KvPart, head: usize, values: &mut [f32]) {
+        let scales = self.of(part);
+        // One for all, or one for each.
+        if let Some(scale) = scales.get(head).or(scales.first()) {
+            round(values, *scale);
+        }
+    }
+}
+
+/// Rounds to e4m3 in units of `scale`; NaN stays.
+fn round(values: &mut [f32], scale: f32) {
+    values.iter_mut().filter(|v| !v.is_nan()).for_each(|v| *v = FloatFormat::E4M3.round(*v / scale) * scale);
 }
 
 impl KvTransform for CacheScales {
     /// `heads` are whole tokens, each with all of its heads in order, as on the CPU.
     fn apply(&self, part: KvPart, heads: &mut [f32], head_dim: usize) {
-        let scales = match part {
-            KvPart::Keys => &self.keys,
-            KvPart::Values => &self.values,
-        };
+        let scales = self.of(part);
         heads.par_chunks_mut((head_dim * scales.len()).max(1)).for_each(|token| {
             for (head, scale) in token.chunks_mut(head_dim.max(1)).zip(scales) {
-                head.iter_mut().for_each(|v| *v = FloatFormat::E4M3.round(*v / scale) * scale);
+                round(head, *scale);
             }
         });
     }
@@ -144,8 +168,11 @@ impl KvTransform for CacheScales {
 pub fn kv_heads(block: &BlockSpec) -> Result<usize, DecoderError> {
     match &block.attn {
         AttnSpec::Gqa(attn) => Ok(attn.kv_heads),
-        _ => Err(DecoderError::Input {
-            reason: format!("block {}: its attention has no key and value heads", block.index),
+        _ => Err(DecoderError::Unimplemented {
+            block: block.index,
+            part: LATENT_ATTENTION,
+            what: "quantizing the cache of keys and values is",
+            instead: "leave the cache in floats",
         }),
     }
 }
@@ -171,5 +198,12 @@ mod tests {
         let mut x = vec![17.0, 449.0, 17.0, 449.0];
         scales.apply(KvPart::Values, &mut x, 2);
         assert_eq!(x, [16.0, 448.0, 16.0, 224.0]);
+        // Head by head: of all tokens, and the one scale for every head.
+        let mut x = vec![17.0, 449.0, f32::NAN];
+        scales.apply_to_head(KvPart::Values, 1, &mut x);
+        assert!(x[..2] == [16.0, 224.0] && x[2].is_nan());
+        let mut x = vec![17.0, 449.0];
+        scales.apply_to_head(KvPart::Keys, 1, &mut x);
+        assert_eq!(x, [16.0, 448.0]);
     }
 }

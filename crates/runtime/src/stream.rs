@@ -74,7 +74,8 @@ impl Way<'_> {
         let windows = values.len() / (rope.tokens() * self.hidden).max(1);
         let x = Tensor::from_slice(values, (windows, rope.tokens(), self.hidden), block.device());
         let x = x.map_err(DecoderError::from)?;
-        let kv = self.kv.or_else(|| self.engine.and_then(|engine| engine.cache(block.spec().index)));
+        let cache = || self.engine.and_then(|engine| engine.cache(block.spec().index)).map(|scales| scales as _);
+        let kv = self.kv.or_else(cache);
         let y = match (self.engine.filter(|engine| engine.quantizes_activations()), kv) {
             (None, None) => block.forward(&x, rope, &mut NoTap)?,
             (None, Some(kv)) => block.forward_through(&x, rope, kv)?,
@@ -189,7 +190,8 @@ impl<'a> Output<'a> {
         let spec = self.subject.spec;
         let first = index * SLICE;
         let ids: Vec<u32> = (first..(first + SLICE).min(spec.vocab)).map(|id| id as u32).collect();
-        let weight = self.subject.source.rows(&spec.head.weight, &ids)?;
+        let mut weight = self.subject.source.rows(&spec.head.weight, &ids)?;
+        spec.head.prepare(&mut weight, spec.hidden);
         self.subject.source.release(std::slice::from_ref(&spec.head.weight));
         let len = ids.len();
         let weight = if self.compute.is_composed() {
@@ -225,6 +227,7 @@ impl<'a> Output<'a> {
                 row.iter_mut().zip(bias).for_each(|(logit, bias)| *logit += bias);
             }
         }
+        self.subject.spec.head.finish(&mut logits);
         Ok(logits)
     }
 }

@@ -48,7 +48,7 @@ pub(crate) const POISONS: &[Poison] = &[
     Poison {
         name: "zero points without a label",
         base: "gptq-v2",
-        codes: &["zero-points"],
+        codes: &["zero-points", "zero-offset"],
         apply: |c| {
             c.declared().as_object_mut().unwrap().remove("checkpoint_format");
             c.files.remove("quantize_config.json");

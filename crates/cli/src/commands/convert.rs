@@ -4,10 +4,11 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::Args;
-use lite_convert::{ConvertReport, Recipe, convert};
+use lite_convert::{ConvertReport, Converted, Recipe, convert_with};
 use lite_job::JobError;
 use lite_model::printable;
 use lite_pack::targets::Target;
+use lite_report::{Conversion, SourceCard, conversion_card};
 
 use crate::args::{Dtype, Format, bytes};
 use crate::output::{duration, size};
@@ -61,6 +62,10 @@ pub(crate) struct ConvertArgs {
     /// Where hub files are kept [default: the Hugging Face cache]
     #[arg(long, value_name = "DIR")]
     pub(crate) download_dir: Option<PathBuf>,
+
+    /// Write no model card
+    #[arg(long)]
+    pub(crate) no_report: bool,
 }
 
 /// Converts, and prints the result on standard output.
@@ -101,10 +106,7 @@ pub(crate) fn run(args: &ConvertArgs, format: Format) -> anyhow::Result<()> {
         },
         max_shard_bytes: args.max_shard_size,
     };
-    let cancel = super::cancel_flag()?;
-    let progress = Progress::new(format);
-    let report = convert(&recipe, &progress, &cancel)?;
-    drop(progress);
+    let report = perform(&recipe, !args.no_report, format)?;
     let mut stdout = io::stdout().lock();
     match format {
         Format::Json => {
@@ -119,6 +121,44 @@ pub(crate) fn run(args: &ConvertArgs, format: Format) -> anyhow::Result<()> {
         Format::Auto | Format::Human => print(&mut stdout, &report)?,
     }
     Ok(())
+}
+
+/// Converts; `card`: with a model card.
+pub(crate) fn perform(recipe: &Recipe, card: bool, format: Format) -> anyhow::Result<ConvertReport> {
+    let cancel = super::cancel_flag()?;
+    let progress = Progress::new(format);
+    let documents = |done: &Converted<'_>| {
+        if !card {
+            return Ok(Vec::new());
+        }
+        Ok(vec![("README.md".to_owned(), self::card(recipe, done)?.into_bytes())])
+    };
+    Ok(convert_with(recipe, &progress, &documents, &cancel)?)
+}
+
+/// The model card of the result.
+fn card(recipe: &Recipe, done: &Converted<'_>) -> Result<String, JobError> {
+    let old = done.set_aside.iter().find(|(name, _)| name.eq_ignore_ascii_case("README.md"));
+    let source = match old {
+        Some((_, kept)) => SourceCard::read(&super::report_args::beginning(&done.staging.join(kept))?),
+        None => SourceCard::default(),
+    };
+    let report = done.report;
+    let local = done.checkpoint.root().file_name().filter(|_| std::path::Path::new(&recipe.model).exists());
+    let facts = Conversion {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        name: local.map_or_else(|| recipe.model.clone(), |name| name.to_string_lossy().into_owned()),
+        from: report.from.clone(),
+        to: report.layout.clone(),
+        quant_method: done.quant_method.unwrap_or_default().to_owned(),
+        source_bytes: report.source_bytes,
+        output_bytes: report.output_bytes,
+        exact: report.exact,
+        rounded: report.rounded.iter().map(|l| (l.module.clone(), l.scheme.clone(), l.error)).collect(),
+        engines: report.engines.clone(),
+    };
+    let kept: Vec<String> = done.set_aside.iter().map(|(_, kept)| kept.clone()).collect();
+    Ok(conversion_card(&facts, &source, &kept))
 }
 
 fn print(out: &mut impl Write, report: &ConvertReport) -> io::Result<()> {

@@ -69,7 +69,8 @@ pub(crate) struct EvalArgs {
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) num_fewshot: usize,
 
-    /// Precision of the checkpoint's key/value cache, as LMDeploy's engines round it online
+    /// Precision of the checkpoint's key/value cache, as LMDeploy's engines round it online; 16 is what the checkpoint
+    /// says
     #[arg(long, value_enum, default_value_t = KvBits::B16, value_name = "BITS")]
     pub(crate) kv_bits: KvBits,
 
@@ -98,7 +99,7 @@ pub(crate) struct EvalArgs {
 /// `--kv-bits`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum KvBits {
-    /// Not rounded
+    /// Not rounded, unless the checkpoint says so
     #[value(name = "16")]
     B16,
     /// Integers of 8 bits, asymmetric, per token and head
@@ -107,7 +108,7 @@ pub(crate) enum KvBits {
     /// Integers of 4 bits
     #[value(name = "4")]
     B4,
-    /// fp8 e4m3, scale 1
+    /// fp8 e4m3, with the checkpoint's scales or 1
     Fp8,
 }
 

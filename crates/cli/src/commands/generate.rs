@@ -10,15 +10,18 @@ use std::time::Instant;
 use clap::Args;
 use lite_calib::{Message, ModelTokenizer};
 use lite_job::{JobError, Recipe, locate_model};
-use lite_runtime::RuntimeError;
+use lite_runtime::eval::EvalModel;
 use lite_runtime::generate::{
-    FinishReason, GenerateSettings, Generation, KvPrecision, ResidentModel, Sampler, SamplerSettings, generate,
+    FinishReason, GenerateSettings, Generation, KvPrecision, MemoryNeed, ResidentModel, Sampler, SamplerSettings,
+    generate,
 };
+use lite_runtime::{Engine, RuntimeError};
 use serde_json::{Value, json};
 
 use self::text::TextStream;
 use super::eval::KvBits;
-use crate::args::Format;
+use crate::args::{Format, bytes};
+use crate::memory::available;
 use crate::output::{duration, size};
 use crate::progress::Progress;
 
@@ -68,13 +71,22 @@ pub(crate) struct GenerateArgs {
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
 
-    /// Precision of the key/value cache, as LMDeploy's engines round it online
+    /// Precision of the key/value cache, as LMDeploy's engines round it online; 16 is what the checkpoint says
     #[arg(long, value_enum, default_value_t = KvBits::B16, value_name = "BITS")]
     pub(crate) kv_bits: KvBits,
+
+    /// Leave activations and cache in f32, also where the checkpoint tells engines to round them: what is lost by the
+    /// weights alone
+    #[arg(long)]
+    pub(crate) float_activations: bool,
 
     /// Go on past the model's end token
     #[arg(long)]
     pub(crate) ignore_eos: bool,
+
+    /// Memory budget, such as 16GB; more than that is refused before the model is read [default: what is free]
+    #[arg(long, value_parser = bytes, value_name = "SIZE")]
+    pub(crate) max_memory: Option<u64>,
 
     /// Branch, tag or commit of a hub model
     #[arg(long, value_name = "REV")]
@@ -117,6 +129,35 @@ impl GenerateArgs {
         }
     }
 
+    /// Refuses a model that would not fit, with a prompt of at most `prompt` tokens.
+    fn check_memory(&self, files: &EvalModel, prompt: usize) -> Result<(), JobError> {
+        let Some(budget) = self.max_memory.or_else(available) else { return Ok(()) };
+        // What the model takes at most; a longer prompt is refused for that.
+        let total = prompt.saturating_add(self.max_new_tokens).min(files.spec().max_positions.max(prompt));
+        let need = MemoryNeed::of(files, prompt, total);
+        if need.peak() <= budget {
+            return Ok(());
+        }
+        let allowed = match self.max_memory {
+            Some(_) => format!("--max-memory allows {}", size(budget)),
+            None => format!("{} are free", size(budget)),
+        };
+        // More tokens than these would fit are no use without the weights.
+        let advice = if MemoryNeed::of(files, prompt, prompt + 1).peak() <= budget {
+            "lower --max-new-tokens"
+        } else {
+            "use a machine with more memory or a checkpoint of fewer bits; `lite eval` and `lite verify` hold one block at a \
+             time and judge it here"
+        };
+        Err(JobError::Resources(format!(
+            "this model needs about {} of memory, {} of it for weights and {} for keys and values of {total} tokens; \
+             {allowed}: {advice}",
+            size(need.peak()),
+            size(need.weights),
+            size(need.cache),
+        )))
+    }
+
     /// The tokens of a prompt.
     fn encode(&self, prompt: &str, tokenizer: &ModelTokenizer) -> Result<Vec<u32>, JobError> {
         if !self.chat {
@@ -146,14 +187,34 @@ pub(crate) fn run(args: &GenerateArgs, format: Format) -> anyhow::Result<()> {
     let folder = locate_model(&recipe, &progress, &cancel)?;
     drop(progress);
     let start = Instant::now();
-    let model = ResidentModel::open(&folder).map_err(failure)?;
-    let tokenizer = ModelTokenizer::from_dir(&folder, model.spec().vocab).map_err(JobError::from)?;
+    let files = EvalModel::open(&folder).map_err(failure)?;
+    let tokenizer = ModelTokenizer::from_dir(&folder, files.spec().vocab).map_err(JobError::from)?;
     for warning in tokenizer.warnings() {
         story(format, &format!("warning: {warning}"));
     }
+    let encoded = prompts.iter().map(|prompt| args.encode(prompt, &tokenizer)).collect::<Result<Vec<_>, _>>()?;
+    args.check_memory(&files, encoded.iter().map(Vec::len).max().unwrap_or(0))?;
+    let mut model = ResidentModel::from_checkpoint(&files).map_err(failure)?;
+    if args.float_activations {
+        model = model.with_float_activations();
+    }
     let bytes = size(model.decode_bytes() as u64);
     story(format, &format!("loaded in {}; a token reads {bytes} of weights", duration(start.elapsed().as_secs_f64())));
-    let encoded = prompts.iter().map(|prompt| args.encode(prompt, &tokenizer)).collect::<Result<Vec<_>, _>>()?;
+    if let Some(engine) = model.engine() {
+        let what = match (engine.quantizes_activations(), engine.quantizes_cache()) {
+            (true, true) => "activations and key/value cache are",
+            (true, false) => "activations are",
+            _ => "the key/value cache is",
+        };
+        story(format, &format!("{what} rounded as engines do for this checkpoint; --float-activations leaves them"));
+        if engine.mixed() > 0 {
+            let mixed = engine.mixed();
+            story(
+                format,
+                &format!("warning: {mixed} inputs stay in f32: the linears that share them differ in scheme"),
+            );
+        }
+    }
     for (prompt, ids) in prompts.iter().zip(&encoded) {
         one(&model, &tokenizer, prompt, ids, &settings, format, &folder, &cancel)?;
     }
@@ -197,7 +258,7 @@ fn one(
     let result = result.map_err(failure)?;
     show(&stream.finish(&decode).map_err(JobError::from)?, &mut text)?;
     if format == Format::Json {
-        writeln!(stdout, "{}", report(prompt, &text, &result))?;
+        writeln!(stdout, "{}", report(model, prompt, &text, &result))?;
     } else {
         writeln!(stdout)?;
         story(format, &rates(&result));
@@ -208,10 +269,11 @@ fn one(
     Ok(())
 }
 
-fn report(prompt: &str, text: &str, result: &Generation) -> Value {
+fn report(model: &ResidentModel, prompt: &str, text: &str, result: &Generation) -> Value {
     json!({
         "event": "generation", "schema": 1, "prompt": prompt, "text": text, "tokens": result.tokens,
         "finish_reason": result.finish.name(), "prompt_tokens": result.prompt_tokens,
+        "quantized_activations": model.engine().is_some_and(Engine::quantizes_activations),
         "prefill_tokens_per_second": result.prefill_rate(), "decode_tokens_per_second": result.decode_rate(),
     })
 }

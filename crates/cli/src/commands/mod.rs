@@ -5,9 +5,10 @@ mod calibrate;
 pub(crate) mod convert;
 pub(crate) mod env;
 pub(crate) mod eval;
+pub(crate) mod experts;
 pub(crate) mod generate;
 pub(crate) mod inspect;
-mod plan;
+pub(crate) mod plan;
 mod quantize;
 pub(crate) mod report_args;
 pub(crate) mod resume;
@@ -46,7 +47,7 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Run(args) => run::run(args, cli.format),
         Command::Resume(args) => resume::run(args, cli),
         Command::Clean(args) => resume::clean(args, cli.format),
-        Command::Plan { method, args } => plan::run(*method, args, cli.format),
+        Command::Plan(args) => plan::run(args, cli.format),
     }
 }
 

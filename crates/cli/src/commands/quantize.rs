@@ -2,7 +2,9 @@
 
 use std::io::Write;
 
-use lite_job::{DtypeChoice, Finished, JobError, Method, Override, Recipe, Rounding, RunReport, Solver, StatsSource};
+use lite_job::{
+    DtypeChoice, Finished, JobError, Method, Override, Recipe, Rounding, RunReport, Solver, StatsSource, TextCache,
+};
 use lite_pack::targets::Target;
 
 use super::report_args::ReportArgs;
@@ -19,16 +21,22 @@ pub(crate) fn run(method: MethodName, args: &QuantizeArgs, format: Format) -> an
 
 /// Runs a recipe, and prints the result on standard output.
 pub(crate) fn execute(recipe: &Recipe, report: &ReportArgs, format: Format) -> anyhow::Result<()> {
-    perform(recipe, report, format).map(drop)
+    perform(recipe, report, &TextCache::default(), format).map(drop)
 }
 
-/// The same; returns what was done.
-pub(crate) fn perform(recipe: &Recipe, report: &ReportArgs, format: Format) -> anyhow::Result<RunReport> {
+/// The same as one of several jobs that share `texts`; returns what was done.
+pub(crate) fn perform(
+    recipe: &Recipe,
+    report: &ReportArgs,
+    texts: &TextCache,
+    format: Format,
+) -> anyhow::Result<RunReport> {
     let cancel = super::cancel_flag()?;
     let progress = Progress::new(format);
     let log = RunLog::new(&progress);
     let documents = |finished: &Finished<'_>| report.documents(recipe, finished, &log, &cancel);
-    let report = lite_job::run_with(recipe, &log, &documents, &cancel).inspect_err(|error| log.failed(error))?;
+    let report =
+        lite_job::run_sharing(recipe, &log, &documents, &cancel, texts).inspect_err(|error| log.failed(error))?;
     drop(progress);
     let mut stdout = std::io::stdout().lock();
     match format {
@@ -57,6 +65,7 @@ pub(crate) fn recipe(method: MethodName, args: &QuantizeArgs) -> Result<Recipe, 
             MethodName::Gptq => Method::Plain,
         },
         solver: solver(method, &args.solver, args.calib.samples() == 0),
+        experts: args.solver.experts.settings(),
         overrides: weights.overrides.iter().map(|text| read_override(text)).collect::<Result<_, _>>()?,
         ignore: weights.ignore.clone(),
         scheme: None,

@@ -83,7 +83,7 @@ fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> JobErro
 }
 
 /// The first MiB of a file, what is not UTF-8 in it replaced.
-fn beginning(path: &Path) -> Result<String, JobError> {
+pub(super) fn beginning(path: &Path) -> Result<String, JobError> {
     let mut bytes = Vec::new();
     let read = File::open(path).and_then(|file| file.take(CARD_BYTES).read_to_end(&mut bytes));
     read.map_err(io("read", path))?;

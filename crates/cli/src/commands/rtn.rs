@@ -37,6 +37,9 @@ pub(crate) struct RtnArgs {
     pub(crate) output: OutputArgs,
 
     #[command(flatten)]
+    pub(crate) experts: super::experts::ExpertArgs,
+
+    #[command(flatten)]
     pub(crate) calib: CalibArgs,
 
     #[command(flatten)]
@@ -67,6 +70,7 @@ fn recipe(args: &RtnArgs) -> Result<Recipe, JobError> {
         overwrite: args.overwrite,
         method: Method::Plain,
         solver: Solver::NEAREST,
+        experts: args.experts.settings(),
         scheme: Some(scheme("--scheme", &args.scheme)?),
         kv_cache: args.kv_cache.map(Into::into),
         range: match args.range {

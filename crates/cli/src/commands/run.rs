@@ -8,16 +8,16 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use clap::Args;
-use lite_job::{JobError, Recipe, RunReport};
+use lite_job::{JobError, Recipe, RunReport, TextCache};
 use lite_model::printable;
-use lite_recipe::{Entry, json_schema, load, to_yaml};
+use lite_recipe::{Entry, Loaded, json_schema, load, to_yaml};
 use lite_runtime::eval::{Gate, Measured};
 use serde_json::{Value, json};
 
+use super::plan::Planned;
 use super::report_args::ReportArgs;
 use crate::args::Format;
 use crate::exit;
-use crate::progress::Progress;
 
 pub(crate) use self::outcome::BatchFailed;
 use self::outcome::{Outcome, Row, summary, verdict};
@@ -26,7 +26,7 @@ use self::outcome::{Outcome, Row, summary, verdict};
 pub(crate) struct RunArgs {
     /// Recipes: lite's own YAML, a config of LLMC, or a recipe.yaml of llm-compressor; paths in them are relative to the
     /// current folder
-    #[arg(value_name = "FILE", required_unless_present = "print_schema")]
+    #[arg(value_name = "FILE", required_unless_present_any = ["print_schema", "plan"])]
     pub(crate) files: Vec<PathBuf>,
 
     /// Put a value into every job, such as `calibration.samples=64` or `stages.gptq.damp_percent=0.05`; repeatable, and
@@ -45,6 +45,11 @@ pub(crate) struct RunArgs {
     /// Run only job number N, from 0
     #[arg(long, value_name = "N")]
     pub(crate) only: Option<usize>,
+
+    /// Hold the run to this plan of `lite plan --out`: refuse if the model, the recipe or the calibration text changed
+    /// since. Without a recipe file, the planned job runs
+    #[arg(long, value_name = "FILE")]
+    pub(crate) plan: Option<PathBuf>,
 
     /// Go on after a job that failed; the exit code is the largest of all jobs
     #[arg(long)]
@@ -89,20 +94,23 @@ pub(crate) fn run(args: &RunArgs, format: Format) -> anyhow::Result<()> {
     let named = [("model", &args.model), ("save.path", &args.work_dir)];
     let named = named.into_iter().filter_map(|(key, value)| value.as_ref().map(|v| format!("{key}={}", text(v))));
     let sets: Vec<String> = named.chain(args.sets.iter().cloned()).collect();
-    let loaded = load(&args.files, &sets, args.only)?;
-    warn(&loaded.warnings, format);
-    let count = loaded.jobs.len();
-    let chosen: Vec<(usize, &Entry)> = match args.only {
-        None => loaded.jobs.iter().enumerate().collect(),
-        Some(only) => match loaded.jobs.get(only) {
-            Some(job) => vec![(only, job)],
-            None => {
-                return Err(
-                    JobError::Usage(format!("--only {only}: there are {count} jobs, 0 to {}", count - 1)).into()
-                );
+    let planned = args.plan.as_deref().map(super::plan::Planned::read).transpose()?;
+    let loaded = match (&planned, args.files.is_empty()) {
+        (Some(planned), true) => {
+            if !sets.is_empty() {
+                let message = "--plan runs the planned job as it is; give the recipe file as well to change it";
+                return Err(JobError::Usage(message.to_owned()).into());
             }
-        },
+            Loaded { jobs: vec![planned.job.clone()], warnings: Vec::new() }
+        }
+        _ => load(&args.files, &sets, args.only)?,
     };
+    warn(&loaded.warnings, format);
+    let chosen = chosen(&loaded.jobs, args.only)?;
+    if planned.is_some() && chosen.len() > 1 {
+        let count = chosen.len();
+        return Err(JobError::Usage(format!("--plan is the plan of one job, here are {count}: add --only N")).into());
+    }
     if args.list {
         for (number, job) in &chosen {
             let line =
@@ -117,11 +125,24 @@ pub(crate) fn run(args: &RunArgs, format: Format) -> anyhow::Result<()> {
     if args.print_recipe {
         return print_recipes(&chosen);
     }
-    let rows = run_all(args, &chosen, format)?;
+    let rows = run_all(args, &chosen, planned.as_ref(), format)?;
     if chosen.len() > 1 && !args.plan_only {
         summary(&rows, format)?;
     }
     verdict(rows)
+}
+
+/// The jobs to run, with their numbers.
+///
+/// # Errors
+/// [`JobError::Usage`] if there is no job of this number.
+pub(crate) fn chosen(jobs: &[Entry], only: Option<usize>) -> Result<Vec<(usize, &Entry)>, JobError> {
+    let Some(only) = only else { return Ok(jobs.iter().enumerate().collect()) };
+    let count = jobs.len();
+    let job = jobs.get(only).ok_or_else(|| {
+        JobError::Usage(format!("--only {only}: there are {count} jobs, 0 to {}", count.saturating_sub(1)))
+    })?;
+    Ok(vec![(only, job)])
 }
 
 /// `recipe` as a file, on standard output.
@@ -145,7 +166,7 @@ fn print_recipes(chosen: &[(usize, &Entry)]) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn warn(warnings: &[String], format: Format) {
+pub(crate) fn warn(warnings: &[String], format: Format) {
     for warning in warnings {
         if format == Format::Json {
             let _ = writeln!(std::io::stdout(), "{}", json!({"event": "warning", "message": warning}));
@@ -155,8 +176,14 @@ fn warn(warnings: &[String], format: Format) {
     }
 }
 
-fn run_all<'j>(args: &RunArgs, chosen: &[(usize, &'j Entry)], format: Format) -> anyhow::Result<Vec<Row<'j>>> {
+fn run_all<'j>(
+    args: &RunArgs,
+    chosen: &[(usize, &'j Entry)],
+    planned: Option<&Planned>,
+    format: Format,
+) -> anyhow::Result<Vec<Row<'j>>> {
     let cancel = super::cancel_flag()?;
+    let texts = TextCache::default();
     let mut rows: Vec<Row<'j>> = Vec::new();
     let mut stop = false;
     for &(number, job) in chosen {
@@ -167,7 +194,7 @@ fn run_all<'j>(args: &RunArgs, chosen: &[(usize, &'j Entry)], format: Format) ->
             if chosen.len() > 1 {
                 announce(number, job, chosen.len(), format);
             }
-            one(args, &resumable(args, number, chosen.len(), job), format)
+            one(args, &resumable(args, number, chosen.len(), job), planned, &texts, format)
         };
         if let Outcome::Failed { error, .. } = &outcome {
             stop |= !args.keep_going;
@@ -192,7 +219,7 @@ fn resumable(args: &RunArgs, number: usize, of: usize, job: &Entry) -> Entry {
     job
 }
 
-fn announce(number: usize, job: &Entry, of: usize, format: Format) {
+pub(crate) fn announce(number: usize, job: &Entry, of: usize, format: Format) {
     if format == Format::Json {
         let line = json!({"event": "job", "number": number, "jobs": of, "name": job.name, "model": job.recipe.model,
                           "output": job.recipe.work_dir});
@@ -203,7 +230,7 @@ fn announce(number: usize, job: &Entry, of: usize, format: Format) {
 }
 
 /// Runs one job, then makes its plain copy, then looks at its gates.
-fn one(args: &RunArgs, job: &Entry, format: Format) -> Outcome {
+fn one(args: &RunArgs, job: &Entry, planned: Option<&Planned>, texts: &TextCache, format: Format) -> Outcome {
     if args.skip_existing && !job.recipe.overwrite && job.recipe.work_dir.join("config.json").is_file() {
         return Outcome::Skipped;
     }
@@ -213,18 +240,21 @@ fn one(args: &RunArgs, job: &Entry, format: Format) -> Outcome {
             Err(error) => Outcome::Failed { error, report: None },
         };
     }
-    let report = match super::quantize::perform(&job.recipe, &args.report, format) {
+    if let Some(error) = planned.and_then(|planned| planned.check(&job.recipe, texts).err()) {
+        return Outcome::Failed { error, report: None };
+    }
+    let report = match super::quantize::perform(&job.recipe, &args.report, texts, format) {
         Ok(report) => report,
         Err(error) => return Outcome::Failed { error, report: None },
     };
-    match plain_copy(job, format).and_then(|()| judge(job, &report, format)) {
+    match plain_copy(job, !args.report.no_report, format).and_then(|()| judge(job, &report, format)) {
         Ok(()) => Outcome::Done(Box::new(report)),
         Err(error) => Outcome::Failed { error, report: Some(Box::new(report)) },
     }
 }
 
 /// The same weights as plain floats, where the job asks for them.
-fn plain_copy(job: &Entry, format: Format) -> anyhow::Result<()> {
+fn plain_copy(job: &Entry, card: bool, format: Format) -> anyhow::Result<()> {
     let Some(folder) = &job.plain else { return Ok(()) };
     let recipe = lite_convert::Recipe {
         model: job.recipe.work_dir.to_string_lossy().into_owned(),
@@ -239,10 +269,7 @@ fn plain_copy(job: &Entry, format: Format) -> anyhow::Result<()> {
         dtype: None,
         max_shard_bytes: job.recipe.max_shard_bytes,
     };
-    let cancel = super::cancel_flag()?;
-    let progress = Progress::new(format);
-    let report = lite_convert::convert(&recipe, &progress, &cancel)?;
-    drop(progress);
+    let report = super::convert::perform(&recipe, card, format)?;
     match format {
         Format::Json => {
             let line =

@@ -112,7 +112,11 @@ pub(crate) fn scheme(flag: &str, name: &str) -> Result<LinearScheme, JobError> {
     preset(name, ScaleDtype::F32).ok_or_else(|| {
         let near = near_presets(name);
         let listed = if near.is_empty() { PRESETS.join(", ") } else { near.join(", ") };
-        let which = if near.is_empty() { "known are" } else { "near it are" };
+        let which = match near.len() {
+            0 => "known are",
+            1 => "near it is",
+            _ => "near it are",
+        };
         let name = lite_model::printable(name);
         JobError::Usage(format!("{flag} `{name}` is the name of no scheme; {which} {listed}"))
     })

@@ -66,6 +66,9 @@ pub(crate) struct SmoothQuantArgs {
     pub(crate) output: OutputArgs,
 
     #[command(flatten)]
+    pub(crate) experts: super::experts::ExpertArgs,
+
+    #[command(flatten)]
     pub(crate) calib: CalibArgs,
 
     #[command(flatten)]
@@ -152,6 +155,7 @@ fn recipe(args: &SmoothQuantArgs) -> Result<Recipe, JobError> {
         overwrite: args.overwrite,
         method: Method::SmoothQuant { scales: scales(args)? },
         solver: Solver { rounding, ..Solver::NEAREST },
+        experts: args.experts.settings(),
         scheme: Some(LinearScheme { weights, activations: Some(activations) }),
         kv_cache: args.kv_cache.map(Into::into),
         range: if rounding == Rounding::Nearest { lite_quant::Range::MinMax } else { lite_quant::Range::Search },

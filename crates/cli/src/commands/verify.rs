@@ -131,7 +131,7 @@ pub(crate) fn run(args: &VerifyArgs, format: Format) -> anyhow::Result<()> {
     match format {
         Format::Json => writeln!(stdout, "{}", as_json(&args.model, &found)?)?,
         Format::Quiet => writeln!(stdout, "{}", if found.passed() { "passed" } else { "failed" })?,
-        Format::Auto | Format::Human => print(&mut stdout, &args.model, &found)?,
+        Format::Auto | Format::Human => print(&mut stdout, &args.model, against.is_some(), &found)?,
     }
     let errors = found.count(FindingSeverity::Error);
     if !found.opened {
@@ -139,7 +139,7 @@ pub(crate) fn run(args: &VerifyArgs, format: Format) -> anyhow::Result<()> {
         return Err(JobError::Input(reason.to_owned()).into());
     }
     if errors > 0 {
-        return Err(JobError::Verification(format!("verify found {errors} errors")).into());
+        return Err(JobError::Verification(format!("verify found {}", counted(errors, "error"))).into());
     }
     Ok(())
 }
@@ -200,7 +200,12 @@ struct Group<'f> {
     places: Vec<&'f str>,
 }
 
-fn print(out: &mut impl Write, model: &str, found: &Verification) -> io::Result<()> {
+/// `1 error`, `2 errors`.
+fn counted(count: usize, word: &str) -> String {
+    format!("{count} {word}{}", if count == 1 { "" } else { "s" })
+}
+
+fn print(out: &mut impl Write, model: &str, against: bool, found: &Verification) -> io::Result<()> {
     writeln!(out, "{}", printable(model))?;
     let mut groups: BTreeMap<(FindingSeverity, &str), Group<'_>> = BTreeMap::new();
     for finding in &found.findings {
@@ -226,27 +231,31 @@ fn print(out: &mut impl Write, model: &str, found: &Verification) -> io::Result<
         }
     }
     if let Some(layout) = found.layout {
+        let compared = match against {
+            true => format!("{} linears compared with the original's", found.compared),
+            false => "nothing compared: --against ORIGINAL finds more".to_owned(),
+        };
         writeln!(
             out,
-            "  layout {layout}, {} packed linears and {} plain tensors judged, {} linears compared with the original's",
-            found.linears, found.plain, found.compared
+            "  layout {layout}, {} packed linears and {} plain tensors judged, {compared}",
+            found.linears, found.plain
         )?;
     }
     if let Some(comparison) = &found.comparison {
-        let worst = comparison.layers.iter().map(|layer| layer.own).fold(0.0, f64::max);
+        let worst = comparison.layers.iter().max_by(|a, b| a.own.total_cmp(&b.own));
+        let worst = worst.map_or(String::new(), |layer| {
+            format!(", error of a block's own output at most {:.4} of it (block {})", layer.own, layer.block)
+        });
         writeln!(
             out,
-            "  on {} windows of {} tokens: mean KL {:.6}, same top-1 {:.2} %, worst block {worst:.4}",
+            "  both models on {} windows of {} tokens: mean KL {:.6} nats, same top-1 {:.2} %{worst}",
             comparison.windows,
             comparison.seqlen,
             comparison.summary.kl_mean,
             100.0 * comparison.summary.top1
         )?;
     }
-    let count = |severity, word: &str| match found.count(severity) {
-        1 => format!("1 {word}"),
-        n => format!("{n} {word}s"),
-    };
+    let count = |severity, word: &str| counted(found.count(severity), word);
     writeln!(
         out,
         "{}: {}, {}, {}",

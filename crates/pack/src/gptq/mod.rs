@@ -32,10 +32,10 @@ use crate::{ConfigFacts, PackError, ParsedConfig};
 /// 1. symmetric: by value, whatever the label. All `2^(b−1) − 1` is v1, all `2^(b−1)` is v2, anything
 ///    else is an error.
 /// 2. asymmetric, labelled v2: as stored.
-/// 3. asymmetric, labelled v1: plus one. A stored `2^b − 1` is an error: it would be the zero point
+/// 3. asymmetric, labelled v1 or without a label (AutoGPTQ before there was one, AutoRound; engines take it for v1): plus
+///    one. A stored `2^b − 1` is an error: it would be the zero point
 ///    `2^b`, which does not exist, so either the label is wrong or a 0 was wrapped. Writers wrap it
 ///    differently (one field, or with a borrow from the next), and readers undo it differently.
-/// 4. asymmetric without a label: an error. Both readings are possible and differ in every weight.
 #[derive(Debug)]
 pub(crate) struct Gptq {
     label: Label,
@@ -198,14 +198,16 @@ impl Gptq {
         let ambiguous = |why| Err(PackError::AmbiguousZeros { suffix: "qzeros", why });
         match self.label {
             Label::V2 => Ok(stored),
-            Label::V1 => match stored.iter().position(|&zero| zero == max) {
+            // The same to engines.
+            Label::V1 | Label::Absent => match stored.iter().position(|&zero| zero == max) {
                 Some(at) => {
                     let (row, column) = place(at);
                     ambiguous(format!(
-                        "`checkpoint_format` is \"gptq\", so {max} at row {row}, group {column} would be the zero \
+                        "`checkpoint_format` is {}, so {max} at row {row}, group {column} would be the zero \
                          point {}, which does not exist; if zero points are stored as they are, set \
                          `checkpoint_format` to \"gptq_v2\", else save the model as \"gptq_v2\" with the tool that \
                          made it",
+                        if self.label == Label::V1 { "\"gptq\"" } else { "not given, which means \"gptq\"" },
                         u16::from(max) + 1
                     ))
                 }
@@ -214,11 +216,6 @@ impl Gptq {
                     Ok(stored)
                 }
             },
-            Label::Absent => ambiguous(
-                "the scheme is asymmetric and the config has no `checkpoint_format`; add \"gptq\" if they are stored \
-                 minus one (AutoGPTQ), \"gptq_v2\" if they are stored as they are"
-                    .to_owned(),
-            ),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod chart;
 mod divergence;
+mod experts;
 mod heat;
 mod style;
 
@@ -37,6 +38,7 @@ pub fn page(record: &Record) -> String {
     out.push_str(&layers(record));
     out.push_str(&heat::section(record));
     out.push_str(&times(record));
+    out.push_str(&experts::section(record));
     out.push_str(&fallbacks(record));
     out.push_str(&engines(record));
     out.push_str(&settings(record));

@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use lite_decoder::{DecoderError, DecoderSpec, WeightSource};
-use lite_model::Checkpoint;
+use lite_model::{Checkpoint, Dtype};
 use lite_pack::detect;
+use lite_quant::{WeightScheme, Weights};
 
 use crate::{Engine, FloatSource, QuantizedCheckpoint, QuantizedSource, RuntimeError};
 
@@ -80,6 +81,31 @@ impl EvalModel {
     /// The decoder.
     pub fn spec(&self) -> &DecoderSpec {
         &self.spec
+    }
+
+    /// The codes of a linear `[n, k]`, or the values of a coded float one; `None`: it is stored plain.
+    pub(crate) fn codes(&self, module: &str, n: usize, k: usize) -> Result<Option<Weights>, RuntimeError> {
+        match &self.files {
+            Files::Quantized(quantized) if quantized.is_packed(module) => {
+                Ok(Some(quantized.linear(module, n, k)?.weights))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// How a linear's weight is packed; `None`: it is stored plain.
+    pub(crate) fn scheme(&self, module: &str) -> Option<WeightScheme> {
+        match &self.files {
+            Files::Quantized(quantized) if quantized.is_packed(module) => {
+                Some(quantized.config().scheme_of(module).weights)
+            }
+            _ => None,
+        }
+    }
+
+    /// Type of the stored tensor that is read for `name`.
+    pub(crate) fn dtype(&self, name: &str) -> Option<Dtype> {
+        self.checkpoint().info(self.source().stored(name)).map(|info| info.dtype)
     }
 
     /// Name of the layout of packed weights; `None` of a plain checkpoint.

@@ -5,7 +5,7 @@ use lite_linalg::{Mat, Threads, gemm_into};
 use rayon::prelude::*;
 
 use super::cache::BlockCache;
-use super::ops::softmax;
+use super::ops::{softcap, softmax};
 
 /// Queries per task.
 const TILE: usize = 64;
@@ -40,6 +40,9 @@ pub(super) fn attend(spec: &GqaSpec, cache: &BlockCache, q: &[f32], past: usize)
                     let (low, high) = (from(row) - start, past + row + 1 - start);
                     scores[..low].fill(0.0);
                     scores[high..].fill(0.0);
+                    if let Some(cap) = spec.softcap {
+                        softcap(&mut scores[low..high], cap);
+                    }
                     softmax(&mut scores[low..high]);
                 }
                 let weights = Mat::new(&scores, rows, end - start);

@@ -1,17 +1,18 @@
 //! The forward pass over new tokens.
 
-use lite_decoder::{DecoderError, GqaSpec, MlpSpec, Role, RopeScaling, Stream};
+use lite_decoder::{DecoderError, GqaSpec, InputId, InputTransform, KvPart, MlpSpec, Role, RopeScaling, Stream};
 
 use super::attention::attend;
 use super::cache::BlockCache;
 use super::linear::multiply;
 use super::model::{ResidentBlock, gqa};
-use super::ops::{Rotation, add, rms_norm, rms_norm_row, silu_mul, silu_mul_stacked};
-use super::{KvCache, ResidentModel};
-use crate::RuntimeError;
+use super::norm::Norm;
+use super::ops::{Rotation, activate, add, gated, gated_stacked, scale};
+use super::{KvCache, KvPrecision, ResidentModel};
+use crate::{CacheScales, RuntimeError};
 
 /// New tokens that run together; bounds the memory of a long prompt.
-const CHUNK: usize = 512;
+pub(super) const CHUNK: usize = 512;
 
 /// Of which tokens [`ResidentModel::forward`] gives logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,17 +89,18 @@ impl ResidentModel {
     }
 
     fn run(&self, cache: &mut KvCache, tokens: &[u32], total: usize, wanted: Wanted) -> Result<Vec<f32>, RuntimeError> {
-        let (frequencies, factor) = self.spec.rope.frequencies(total);
         let mut out = Vec::new();
         for chunk in tokens.chunks(CHUNK) {
             let past = cache.tokens.len();
-            let rotation = Rotation::new(&frequencies, factor, past, chunk.len());
+            let turn = |rope| Rotation::new(rope, total, past, chunk.len());
+            let rotations = (turn(&self.spec.rope), self.spec.local_rope.as_ref().map(turn));
             let mut x = vec![0f32; chunk.len() * self.spec.hidden];
             for (id, row) in chunk.iter().zip(x.chunks_exact_mut(self.spec.hidden)) {
                 self.embed.expand_rows(*id as usize, row);
+                scale(row, self.spec.embed.scale);
             }
             for (index, block) in self.blocks.iter().enumerate() {
-                self.block(index, block, cache, &rotation, past, &mut x)?;
+                self.block(index, block, cache, &rotations, past, &mut x)?;
             }
             cache.tokens.extend_from_slice(chunk);
             let last = cache.tokens.len() == total;
@@ -113,12 +115,15 @@ impl ResidentModel {
 
     /// Final norm and head of `(rows, hidden)`.
     fn logits(&self, x: &[f32]) -> Result<Vec<f32>, RuntimeError> {
-        let mut logits = multiply(self.head(), &rms_norm(x, &self.final_norm, self.spec.final_norm.eps));
+        let mut x = x.to_vec();
+        self.final_norm.rows(&mut x);
+        let mut logits = multiply(self.head(), &x);
         if let Some(bias) = &self.head_bias {
             for row in logits.chunks_exact_mut(bias.len()) {
                 add(row, bias);
             }
         }
+        self.spec.head.finish(&mut logits);
         if logits.iter().all(|v| v.is_finite()) {
             return Ok(logits);
         }
@@ -131,34 +136,68 @@ impl ResidentModel {
         index: usize,
         block: &ResidentBlock,
         cache: &mut KvCache,
-        rotation: &Rotation,
+        rotations: &(Rotation, Option<Rotation>),
         past: usize,
         x: &mut [f32],
     ) -> Result<(), RuntimeError> {
         let spec = &self.spec.blocks[index];
         let attn = gqa(spec)?;
-        let normed = rms_norm(x, &block.attn_norm, spec.norms.attn.eps);
+        let seen = |stream, values: &mut [f32], width: usize| match &self.engine {
+            Some(engine) => engine.apply(InputId { block: index, stream }, values, width),
+            None => Ok(()),
+        };
+        let rotation = match (&rotations.1, attn.local_rope) {
+            (Some(local), true) => local,
+            (None, true) => return Err(no_part(index, "local rotary embedding")),
+            (_, false) => &rotations.0,
+        };
+        let normed_by = |norm: &Option<Norm>, x: &[f32]| {
+            let mut x = x.to_vec();
+            if let Some(norm) = norm {
+                norm.rows(&mut x);
+            }
+            x
+        };
+        let add_to = |x: &mut [f32], mut out: Vec<f32>, norm: &Option<Norm>| {
+            if let Some(norm) = norm {
+                norm.rows(&mut out);
+            }
+            scale(&mut out, spec.residual_scale);
+            add(x, &out);
+        };
+        let mut normed = normed_by(&block.attn_norm, x);
+        seen(Stream::AttnIn, &mut normed, self.spec.hidden)?;
         let parts: Vec<(Role, Vec<f32>)> =
             block.reading(Stream::AttnIn).map(|(role, linear)| (role, linear.forward(&normed))).collect();
-        let q = heads(attn, block, cache.precision(), &mut cache.blocks[index], rotation, &parts)?;
-        let out = attend(attn, &cache.blocks[index], &q, past);
+        let rounding = match (cache.precision(), self.engine.as_ref().and_then(|engine| engine.cache(index))) {
+            (KvPrecision::Float | KvPrecision::Fp8, Some(scales)) => Rounding::Scales(scales),
+            (precision, _) => Rounding::Precision(precision),
+        };
+        let q = heads(attn, block, rounding, &mut cache.blocks[index], rotation, &parts)?;
+        let mut out = attend(attn, &cache.blocks[index], &q, past);
+        seen(Stream::AttnOut, &mut out, attn.heads * attn.head_dim)?;
         for (_, linear) in block.reading(Stream::AttnOut) {
-            add(x, &linear.forward(&out));
+            add_to(x, linear.forward(&out), &block.attn_out_norm);
         }
-        let normed = rms_norm(x, &block.mlp_norm, spec.norms.mlp.eps);
+        let mut normed = normed_by(&block.mlp_norm, x);
+        seen(Stream::MlpIn, &mut normed, self.spec.hidden)?;
         let mut parts: Vec<Vec<f32>> =
             block.reading(Stream::MlpIn).map(|(_, linear)| linear.forward(&normed)).collect();
-        let MlpSpec::Gated(mlp) = &spec.mlp else { return Err(no_part(index, "feed-forward")) };
-        let middle = match parts.as_mut_slice() {
-            [both] => silu_mul_stacked(both, mlp.intermediate),
-            [gate, up] => {
-                silu_mul(gate, up);
-                std::mem::take(gate)
+        let (mut middle, width) = match (&spec.mlp, parts.as_mut_slice()) {
+            (MlpSpec::Gated(mlp), [both]) => (gated_stacked(mlp.activation, both, mlp.intermediate), mlp.intermediate),
+            (MlpSpec::Gated(mlp), [gate, up]) => {
+                gated(mlp.activation, gate, up);
+                (std::mem::take(gate), mlp.intermediate)
             }
-            _ => return Err(no_part(index, "gate and up projections")),
+            (MlpSpec::Plain(mlp), [up]) => {
+                activate(mlp.activation, up);
+                (std::mem::take(up), mlp.intermediate)
+            }
+            _ => return Err(no_part(index, "feed-forward")),
         };
+        seen(Stream::MlpMid, &mut middle, width)?;
         for (_, linear) in block.reading(Stream::MlpMid) {
-            add(x, &linear.forward(&middle));
+            add_to(x, linear.forward(&middle), &block.mlp_out_norm);
         }
         if x.iter().all(|v| v.is_finite()) {
             return Ok(());
@@ -171,12 +210,30 @@ fn no_part(block: usize, what: &str) -> RuntimeError {
     DecoderError::Input { reason: format!("block {block} has no {what} that generation knows") }.into()
 }
 
+/// What becomes of keys and values on their way into a block's cache.
+#[derive(Clone, Copy)]
+enum Rounding<'a> {
+    Precision(KvPrecision),
+    /// e4m3 in units of the checkpoint's scales.
+    Scales(&'a CacheScales),
+}
+
+impl Rounding<'_> {
+    /// Rounds head `head` of one token in place.
+    fn apply(self, part: KvPart, head: usize, values: &mut [f32]) {
+        match self {
+            Self::Precision(precision) => precision.apply(values, values.len()),
+            Self::Scales(scales) => scales.apply_to_head(part, head, values),
+        }
+    }
+}
+
 /// Normalises and rotates queries, which are returned `(tokens, heads·head_dim)`, and keys, and puts keys and values into
 /// the cache.
 fn heads(
     attn: &GqaSpec,
     block: &ResidentBlock,
-    precision: super::KvPrecision,
+    rounding: Rounding<'_>,
     cache: &mut BlockCache,
     rotation: &Rotation,
     parts: &[(Role, Vec<f32>)],
@@ -191,39 +248,48 @@ fn heads(
         let found = parts.iter().find(|(r, _)| *r == role).map(|(_, values)| (values.as_slice(), outputs(role)));
         found.ok_or_else(|| DecoderError::Input { reason: format!("attention lacks its {role:?} projection") })
     };
+    // A norm over all heads of a token goes before the heads are taken apart.
+    let whole = |values: &[f32], norm: &Option<Norm>| {
+        let norm = norm.as_ref().filter(|_| attn.norm_all_heads)?;
+        let mut values = values.to_vec();
+        norm.rows(&mut values);
+        Some(values)
+    };
     let [(q_role, q_columns), (k_role, k_columns), (v_role, v_columns)] = attn.columns();
-    let turned = |row: usize, head: &mut [f32], norm: Option<(&Vec<f32>, f32)>| {
-        if let Some((weight, eps)) = norm {
-            rms_norm_row(head, weight, eps);
+    let turned = |row: usize, head: &mut [f32], norm: &Option<Norm>| {
+        if let Some(norm) = norm.as_ref().filter(|_| !attn.norm_all_heads) {
+            norm.row(head);
         }
         rotation.turn(row, head);
     };
     let (values, stride) = projection(q_role)?;
-    let norm = block.q_norm.as_ref().zip(attn.q_norm.as_ref().map(|norm| norm.eps));
+    let normed = whole(values, &block.q_norm);
+    let values = normed.as_deref().unwrap_or(values);
     let tokens = values.len() / stride;
     let mut q = vec![0f32; tokens * attn.heads * dim];
     for (row, out) in q.chunks_exact_mut(attn.heads * dim).enumerate() {
         for (out, column) in out.chunks_exact_mut(dim).zip(&q_columns) {
             out.copy_from_slice(&values[row * stride + column..][..dim]);
-            turned(row, out, norm);
+            turned(row, out, &block.q_norm);
         }
     }
     let (values, stride) = projection(k_role)?;
-    let norm = block.k_norm.as_ref().zip(attn.k_norm.as_ref().map(|norm| norm.eps));
-    for (keys, column) in cache.keys.iter_mut().zip(&k_columns) {
+    let normed = whole(values, &block.k_norm);
+    let values = normed.as_deref().unwrap_or(values);
+    for (head, (keys, column)) in cache.keys.iter_mut().zip(&k_columns).enumerate() {
         for (row, projected) in values.chunks_exact(stride).enumerate() {
             let start = keys.len();
             keys.extend_from_slice(&projected[*column..][..dim]);
-            turned(row, &mut keys[start..], norm);
-            precision.apply_scaled(&mut keys[start..], dim, block.kv_scales[0]);
+            turned(row, &mut keys[start..], &block.k_norm);
+            rounding.apply(KvPart::Keys, head, &mut keys[start..]);
         }
     }
     let (values, stride) = projection(v_role)?;
-    for (cached, column) in cache.values.iter_mut().zip(&v_columns) {
+    for (head, (cached, column)) in cache.values.iter_mut().zip(&v_columns).enumerate() {
         for projected in values.chunks_exact(stride) {
             let start = cached.len();
             cached.extend_from_slice(&projected[*column..][..dim]);
-            precision.apply_scaled(&mut cached[start..], dim, block.kv_scales[1]);
+            rounding.apply(KvPart::Values, head, &mut cached[start..]);
         }
     }
     Ok(q)

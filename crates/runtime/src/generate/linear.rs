@@ -4,7 +4,7 @@ use lite_kernels::{MAX_VECTORS, Matrix};
 use lite_linalg::{Mat, Threads, gemm_into};
 
 /// Values of a panel of expanded rows: some megabytes, so that the product reads it from the cache.
-const PANEL: usize = 1 << 20;
+pub(super) const PANEL: usize = 1 << 20;
 
 /// A weight `[out, in]` and, maybe, a bias `[out]`.
 #[derive(Debug, Clone)]

@@ -14,7 +14,9 @@ mod attention;
 mod cache;
 mod forward;
 mod linear;
+mod memory;
 mod model;
+mod norm;
 mod ops;
 mod precision;
 mod run;
@@ -23,6 +25,7 @@ mod stop;
 
 pub use cache::KvCache;
 pub use forward::Wanted;
+pub use memory::MemoryNeed;
 pub use model::ResidentModel;
 pub use precision::KvPrecision;
 pub use run::{FinishReason, GenerateSettings, Generation, generate};

@@ -3,46 +3,47 @@
 use std::path::Path;
 
 use lite_decoder::{
-    Activation, AttnSpec, BlockSpec, DecoderError, DecoderSpec, GqaSpec, MlpSpec, NormKind, NormSpec, Role, Stream,
-    WeightSource,
+    AttnSpec, BlockSpec, DecoderError, DecoderSpec, GqaSpec, LATENT_ATTENTION, MlpSpec, NormSpec, QkvLayout, Role,
+    Stream, WeightSource,
 };
 use lite_kernels::Matrix;
-use lite_model::Checkpoint;
-use lite_pack::detect;
 use lite_quant::Weights;
 
 use super::linear::Linear;
+use super::norm::Norm;
 use super::stop;
-use crate::{FloatSource, QuantizedCheckpoint, QuantizedSource, RuntimeError};
+use crate::eval::EvalModel;
+use crate::{Engine, RuntimeError};
 
 /// A model whose weights are all in memory, ready to generate.
 ///
 /// Plain weights are kept in bf16, f16 or f32, whichever holds them exactly; packed linears keep their codes, in 4 bits
-/// up to 4-bit schemes and in 8 above; fp8 and fp4 weights are kept as the values they stand for. Activations are f32, also
-/// where the scheme quantizes them.
+/// up to 4-bit schemes and in 8 above; fp8 and fp4 weights are kept as the values they stand for. Where the checkpoint tells
+/// engines to quantize activations or the cache, both are rounded as [`Engine`] does, in f32.
 #[derive(Debug)]
 pub struct ResidentModel {
     pub(super) spec: DecoderSpec,
     /// `[vocab, hidden]`
     pub(super) embed: Matrix,
     pub(super) blocks: Vec<ResidentBlock>,
-    pub(super) final_norm: Vec<f32>,
+    pub(super) final_norm: Norm,
     /// `[vocab, hidden]`; `None`: the embedding.
     head: Option<Matrix>,
     pub(super) head_bias: Option<Vec<f32>>,
     stop: Vec<u32>,
+    pub(super) engine: Option<Engine>,
 }
 
 /// One block's weights.
 #[derive(Debug)]
 pub(super) struct ResidentBlock {
     linears: Vec<(Role, Stream, Linear)>,
-    pub(super) attn_norm: Vec<f32>,
-    pub(super) mlp_norm: Vec<f32>,
-    pub(super) q_norm: Option<Vec<f32>>,
-    pub(super) k_norm: Option<Vec<f32>>,
-    /// Scales of an fp8 cache for keys and values.
-    pub(super) kv_scales: [f32; 2],
+    pub(super) attn_norm: Option<Norm>,
+    pub(super) attn_out_norm: Option<Norm>,
+    pub(super) mlp_norm: Option<Norm>,
+    pub(super) mlp_out_norm: Option<Norm>,
+    pub(super) q_norm: Option<Norm>,
+    pub(super) k_norm: Option<Norm>,
 }
 
 /// The weight of a packed linear `[n, k]` by module name; `None`: it is not packed.
@@ -54,62 +55,18 @@ impl ResidentModel {
     /// # Errors
     /// Files that cannot be read, an unknown layout or architecture, tensors that are missing or do not fit.
     pub fn open(dir: &Path) -> Result<Self, RuntimeError> {
-        let checkpoint = Checkpoint::open(dir)?;
-        let spec = DecoderSpec::from_config(checkpoint.config())?;
-        let ends = stop::end_tokens(checkpoint.root(), checkpoint.config())?;
-        let float = FloatSource::new(&checkpoint);
-        let known = match detect(checkpoint.config()) {
-            Ok(found) => found.is_some(),
-            // Codes under a config that is not understood are still values.
-            Err(error) if float.check()? == 0 => return Err(error.into()),
-            Err(_) => false,
-        };
-        let model = if known {
-            let quantized = QuantizedCheckpoint::open(dir)?;
-            let shape_of =
-                |module: &str| spec.sites().find(|s| s.module == module).map(|s| (s.out_features, s.in_features));
-            let source = QuantizedSource::new(&quantized, &shape_of);
-            let packed = |module: &str, n, k| {
-                let unpack = || Ok(quantized.linear(module, n, k)?.weights);
-                quantized.is_packed(module).then(unpack).transpose()
-            };
-            Self::load_checked(&spec, &checkpoint, &source, &packed, &|module| quantized.is_packed(module))?
-        } else {
-            float.check()?;
-            Self::load_checked(&spec, &checkpoint, &float, &|_, _, _| Ok(None), &|_| false)?
-        };
-        Ok(model.with_stop_tokens(ends))
+        Self::from_checkpoint(&EvalModel::open(dir)?)
     }
 
-    /// Loads after a look at all headers, which names what is missing far better than the first tensor would.
-    fn load_checked(
-        spec: &DecoderSpec,
-        checkpoint: &Checkpoint,
-        source: &dyn WeightSource,
-        packed: Packed,
-        is_packed: &dyn Fn(&str) -> bool,
-    ) -> Result<Self, RuntimeError> {
-        let mut spec = spec.clone();
-        let head = format!("{}.weight", spec.head.module);
-        if spec.head.tied && !source.contains(&spec.embed.weight) && source.contains(&head) {
-            // A tied matrix stored under the head's name only.
-            spec.embed.weight.clone_from(&head);
-            spec.head.weight = head;
-        }
-        let shape_of_packed = |name: &str| {
-            let module = name.strip_suffix(".weight")?;
-            let site = spec.sites().find(|site| site.module == module);
-            let shape = match site {
-                Some(site) => vec![site.out_features, site.in_features],
-                None if module == spec.head.module => vec![spec.vocab, spec.hidden],
-                None => return None,
-            };
-            is_packed(module).then_some(shape)
-        };
-        spec.check_tensors(&|name| {
-            shape_of_packed(name).or_else(|| checkpoint.info(name).map(|info| info.shape.clone()))
-        })?;
-        Self::load(&spec, source, packed)
+    /// Reads the weights of an opened checkpoint, and the end tokens as [`open`](Self::open) does.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_checkpoint(files: &EvalModel) -> Result<Self, RuntimeError> {
+        let ends = stop::end_tokens(files.checkpoint().root(), files.checkpoint().config())?;
+        let packed = |module: &str, n, k| files.codes(module, n, k);
+        let model = Self::load(files.spec(), &files.source(), &packed)?;
+        Ok(Self { engine: files.engine().cloned(), stop: ends, ..model })
     }
 
     /// Loads a model from weights as values: every matrix is kept as float. There are no end tokens; see
@@ -129,10 +86,7 @@ impl ResidentModel {
             source.release(&names);
         };
         let embed = loader.matrix(&spec.embed.weight, spec.vocab, spec.hidden)?;
-        let head = match spec.head.tied {
-            true => None,
-            false => Some(loader.matrix(&spec.head.weight, spec.vocab, spec.hidden)?),
-        };
+        let head = (!spec.head.tied || spec.head.normalised).then(|| loader.head(spec)).transpose()?;
         let head_bias = spec.head.bias.as_ref().map(|name| loader.vector(name, spec.vocab)).transpose()?;
         let final_norm = loader.norm(&spec.final_norm, spec.hidden)?;
         release(None);
@@ -141,7 +95,19 @@ impl ResidentModel {
             blocks.push(ResidentBlock::load(block, spec.hidden, &loader)?);
             release(Some(block.index));
         }
-        Ok(Self { spec: spec.clone(), embed, blocks, final_norm, head, head_bias, stop: Vec::new() })
+        Ok(Self { spec: spec.clone(), embed, blocks, final_norm, head, head_bias, stop: Vec::new(), engine: None })
+    }
+
+    /// The same model with activations and cache in f32, whatever the checkpoint tells engines to make of them.
+    #[must_use]
+    pub fn with_float_activations(mut self) -> Self {
+        self.engine = None;
+        self
+    }
+
+    /// What is made of activations and of the cache besides, as engines do for this checkpoint; `None`: nothing.
+    pub fn engine(&self) -> Option<&Engine> {
+        self.engine.as_ref()
     }
 
     /// The same model with these end tokens.
@@ -167,6 +133,11 @@ impl ResidentModel {
         linears.map(|(_, _, linear)| linear.weight.bytes()).sum::<usize>() + self.head().bytes()
     }
 
+    /// Bytes of all matrices.
+    pub fn weight_bytes(&self) -> usize {
+        self.decode_bytes() + if self.head.is_some() { self.embed.bytes() } else { 0 }
+    }
+
     pub(super) fn head(&self) -> &Matrix {
         self.head.as_ref().unwrap_or(&self.embed)
     }
@@ -175,27 +146,28 @@ impl ResidentModel {
 impl ResidentBlock {
     fn load(spec: &BlockSpec, hidden: usize, loader: &Loader) -> Result<Self, RuntimeError> {
         let attn = gqa(spec)?;
-        let MlpSpec::Gated(mlp) = &spec.mlp else { return Err(unsupported(spec, "feed-forward")) };
-        let Activation::Silu = mlp.activation else { return Err(unsupported(spec, "activation")) };
+        if !matches!(spec.mlp, MlpSpec::Gated(_) | MlpSpec::Plain(_)) {
+            return Err(unimplemented(spec, "experts"));
+        }
+        if attn.norm_all_heads && attn.qkv != QkvLayout::Separate {
+            return Err(unsupported(spec, "norm over heads"));
+        }
         let mut linears = Vec::with_capacity(spec.sites.len());
         for site in &spec.sites {
             let weight = loader.matrix(&format!("{}.weight", site.module), site.out_features, site.in_features)?;
             let bias = site.bias.then(|| loader.vector(&format!("{}.bias", site.module), site.out_features));
             linears.push((site.id.role, site.input.stream, Linear { weight, bias: bias.transpose()? }));
         }
-        let head_norm = |norm: &Option<NormSpec>| norm.as_ref().map(|n| loader.norm(n, attn.head_dim)).transpose();
-        let o = spec.site(Role::O).and_then(|site| site.module.rsplit_once('.'));
-        let kv_scale = |name: &str| match o {
-            Some((parent, _)) => loader.scale(&format!("{parent}.{name}")),
-            None => Ok(1.0),
-        };
+        let norm = |norm: &Option<NormSpec>, width| norm.as_ref().map(|n| loader.norm(n, width)).transpose();
+        let [q_width, k_width] = attn.norm_widths();
         Ok(Self {
             linears,
-            attn_norm: loader.norm(&spec.norms.attn, hidden)?,
-            mlp_norm: loader.norm(&spec.norms.mlp, hidden)?,
-            q_norm: head_norm(&attn.q_norm)?,
-            k_norm: head_norm(&attn.k_norm)?,
-            kv_scales: [kv_scale("k_scale")?, kv_scale("v_scale")?],
+            attn_norm: norm(&spec.norms.attn, hidden)?,
+            attn_out_norm: norm(&spec.norms.attn_out, hidden)?,
+            mlp_norm: norm(&spec.norms.mlp, hidden)?,
+            mlp_out_norm: norm(&spec.norms.mlp_out, hidden)?,
+            q_norm: norm(&attn.q_norm, q_width)?,
+            k_norm: norm(&attn.k_norm, k_width)?,
         })
     }
 
@@ -209,8 +181,14 @@ impl ResidentBlock {
 pub(super) fn gqa(spec: &BlockSpec) -> Result<&GqaSpec, RuntimeError> {
     match &spec.attn {
         AttnSpec::Gqa(attn) => Ok(attn),
-        _ => Err(unsupported(spec, "attention")),
+        _ => Err(unimplemented(spec, LATENT_ATTENTION)),
     }
+}
+
+/// The error for a part that only whole windows can be run through.
+fn unimplemented(spec: &BlockSpec, part: &'static str) -> RuntimeError {
+    let (what, instead) = ("generating text is", "judge the model with `lite eval`");
+    DecoderError::Unimplemented { block: spec.index, part, what, instead }.into()
 }
 
 fn unsupported(spec: &BlockSpec, what: &str) -> RuntimeError {
@@ -239,13 +217,24 @@ impl Loader<'_> {
         self.values(name, &[width])
     }
 
-    fn norm(&self, norm: &NormSpec, width: usize) -> Result<Vec<f32>, RuntimeError> {
-        let known = matches!(norm.kind, NormKind::Rms) && norm.bias.is_none();
-        if !known {
-            let reason = format!("`{}` belongs to a kind of norm that generation does not know", norm.weight);
-            return Err(RuntimeError::Generate { reason });
+    fn norm(&self, norm: &NormSpec, width: usize) -> Result<Norm, RuntimeError> {
+        let weight = self.vector(&norm.weight, width)?;
+        let bias = norm.bias.as_ref().map(|bias| self.vector(bias, width)).transpose()?;
+        let unknown = || RuntimeError::Generate {
+            reason: format!("`{}` belongs to a kind of norm that generation does not know", norm.weight),
+        };
+        Norm::new(norm, &weight, bias).ok_or_else(unknown)
+    }
+
+    /// The head's matrix, as it is multiplied.
+    fn head(&self, spec: &DecoderSpec) -> Result<Matrix, RuntimeError> {
+        let (head, n, k) = (&spec.head, spec.vocab, spec.hidden);
+        if !head.normalised {
+            return self.matrix(&head.weight, n, k);
         }
-        self.vector(&norm.weight, width)
+        let mut values = self.values(&head.weight, &[n, k])?;
+        head.prepare(&mut values, k);
+        Matrix::from_f32(n, k, &values).map_err(|source| RuntimeError::Matrix { tensor: head.weight.clone(), source })
     }
 
     fn matrix(&self, name: &str, n: usize, k: usize) -> Result<Matrix, RuntimeError> {
@@ -256,20 +245,5 @@ impl Loader<'_> {
             None => Matrix::from_f32(n, k, &self.values(name, &[n, k])?),
         };
         matrix.map_err(|source| RuntimeError::Matrix { tensor: name.to_owned(), source })
-    }
-
-    /// A positive scalar, 1 if there is none.
-    fn scale(&self, name: &str) -> Result<f32, RuntimeError> {
-        if !self.source.contains(name) {
-            return Ok(1.0);
-        }
-        let (_, values) = self.source.load(name)?;
-        match values.as_slice() {
-            [scale] if scale.is_finite() && *scale > 0.0 => Ok(*scale),
-            _ => {
-                let reason = format!("holds {} values, wanted one positive scale", values.len());
-                Err(DecoderError::Tensor { tensor: name.to_owned(), reason }.into())
-            }
-        }
     }
 }

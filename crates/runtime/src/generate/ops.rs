@@ -1,40 +1,25 @@
 //! The elementwise parts of a block, on rows.
 
-use lite_decoder::exp;
+use lite_decoder::{Activation, RopePairing, RopeSpec, exp};
 use rayon::prelude::*;
 
 /// Rows of one task, about this many values.
-const TASK: usize = 1 << 15;
+pub(super) const TASK: usize = 1 << 15;
 
 /// Partial sums of a reduction.
 const LANES: usize = 16;
 
-fn sum_of_squares(x: &[f32]) -> f32 {
+/// Sum of `f` over a row.
+pub(super) fn sum_by(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let (chunks, rest) = x.as_chunks::<LANES>();
     let mut lanes = [0f32; LANES];
     for chunk in chunks {
         for i in 0..LANES {
-            lanes[i] += chunk[i] * chunk[i];
+            lanes[i] += f(chunk[i]);
         }
     }
-    let tail: f32 = rest.iter().map(|v| v * v).sum();
+    let tail: f32 = rest.iter().map(|v| f(*v)).sum();
     lanes.iter().sum::<f32>() + tail
-}
-
-/// `w · x / sqrt(mean(x²) + eps)` of one row, in place.
-pub(super) fn rms_norm_row(x: &mut [f32], weight: &[f32], eps: f32) {
-    let factor = 1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt();
-    for (v, w) in x.iter_mut().zip(weight) {
-        *v = w * (*v * factor);
-    }
-}
-
-/// [`rms_norm_row`] of each row of `x`, as a new matrix.
-pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
-    let mut out = x.to_vec();
-    let width = weight.len().max(1);
-    out.par_chunks_mut(width).with_min_len(TASK / width + 1).for_each(|row| rms_norm_row(row, weight, eps));
-    out
 }
 
 /// `x += y`.
@@ -44,27 +29,46 @@ pub(super) fn add(x: &mut [f32], y: &[f32]) {
     }
 }
 
-/// `silu(gate) · up` into `gate`, which are rows of `width` values: of two matrices.
-pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
+/// `x · factor`, in place.
+pub(super) fn scale(x: &mut [f32], factor: f32) {
+    if factor != 1.0 {
+        x.iter_mut().for_each(|v| *v *= factor);
+    }
+}
+
+/// `activation(gate) · up` into `gate`, which are rows of `width` values: of two matrices.
+pub(super) fn gated(activation: Activation, gate: &mut [f32], up: &[f32]) {
     gate.par_chunks_mut(TASK).zip(up.par_chunks(TASK)).for_each(|(gate, up)| {
         for (g, u) in gate.iter_mut().zip(up) {
-            *g = *g / (1.0 + exp(-*g)) * u;
+            *g = activation.apply(*g) * u;
         }
     });
 }
 
 /// The same of one matrix whose rows hold the gate first: `(rows, 2·width)` to `(rows, width)`.
-pub(super) fn silu_mul_stacked(both: &[f32], width: usize) -> Vec<f32> {
+pub(super) fn gated_stacked(activation: Activation, both: &[f32], width: usize) -> Vec<f32> {
     let mut out = vec![0f32; both.len() / 2];
     let width = width.max(1);
     let rows = out.par_chunks_mut(width).zip(both.par_chunks(2 * width)).with_min_len(TASK / width + 1);
     rows.for_each(|(out, both)| {
         let (gate, up) = both.split_at(width);
         for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
-            *o = g / (1.0 + exp(-g)) * u;
+            *o = activation.apply(*g) * u;
         }
     });
     out
+}
+
+/// `activation(x)`, in place.
+pub(super) fn activate(activation: Activation, x: &mut [f32]) {
+    x.par_chunks_mut(TASK).for_each(|x| x.iter_mut().for_each(|v| *v = activation.apply(*v)));
+}
+
+/// `cap · tanh(x / cap)`, in place.
+pub(super) fn softcap(x: &mut [f32], cap: f32) {
+    for v in x {
+        *v = cap - 2.0 * cap / (1.0 + exp(*v * (2.0 / cap)));
+    }
 }
 
 /// Softmax of one row, in place.
@@ -89,36 +93,48 @@ pub(super) fn softmax(row: &mut [f32]) {
     }
 }
 
-/// Cosines and sines of the new positions: value `i` of a head turns with value `i + half`.
+/// Cosines and sines of the new positions.
 pub(super) struct Rotation {
     half: usize,
+    pairing: RopePairing,
     /// `(tokens, half)`, times the attention factor.
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
 
 impl Rotation {
-    /// Tables for `tokens` positions from `first` on, from frequencies and the factor on both tables.
-    pub(super) fn new(frequencies: &[f32], factor: f32, first: usize, tokens: usize) -> Self {
+    /// Tables for `tokens` positions from `first` on, with the frequencies for a text of `total` tokens.
+    pub(super) fn new(spec: &RopeSpec, total: usize, first: usize, tokens: usize) -> Self {
+        let (frequencies, factor) = spec.frequencies(total);
         let half = frequencies.len();
         let (mut cos, mut sin) = (Vec::with_capacity(tokens * half), Vec::with_capacity(tokens * half));
         for position in first..first + tokens {
-            for frequency in frequencies {
+            for frequency in &frequencies {
                 // Rounded to f32 because the reference does so, and as the block's own tables are.
                 let angle = f64::from(frequency * position as f32);
                 cos.push(angle.cos() as f32 * factor);
                 sin.push(angle.sin() as f32 * factor);
             }
         }
-        Self { half, cos, sin }
+        Self { half, pairing: spec.pairing, cos, sin }
     }
 
     /// Turns one head of the token at `row`.
     pub(super) fn turn(&self, row: usize, head: &mut [f32]) {
         let (cos, sin) = (&self.cos[row * self.half..][..self.half], &self.sin[row * self.half..][..self.half]);
-        let (low, high) = head[..2 * self.half].split_at_mut(self.half);
-        for (((a, b), c), s) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-            (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+        let head = &mut head[..2 * self.half];
+        match self.pairing {
+            RopePairing::Halves => {
+                let (low, high) = head.split_at_mut(self.half);
+                for (((a, b), c), s) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                    (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+                }
+            }
+            RopePairing::Neighbours => {
+                for ((pair, c), s) in head.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
+                    *pair = [pair[0] * c - pair[1] * s, pair[1] * c + pair[0] * s];
+                }
+            }
         }
     }
 }

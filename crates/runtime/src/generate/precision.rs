@@ -7,10 +7,11 @@ use lite_quant::floats::FloatFormat;
 /// Keys are rounded after the rotation, so a cached key is what attention reads. Integers are chosen online, as
 /// LMDeploy's engines do for `--quant-policy 8` and `4`: asymmetric, for each token and head by itself, with
 /// `scale = (max − min) / (2^bits − 1)` and the smallest value as the zero point; scale and zero point are f32 here.
-/// `Fp8` is e4m3 (4 bits of exponent, 3 of mantissa, largest 448, values beyond saturate) with one fixed scale.
+/// `Fp8` is e4m3 (4 bits of exponent, 3 of mantissa, largest 448, values beyond saturate) with the scale 1; scales of a
+/// checkpoint are [`CacheScales`](crate::CacheScales).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KvPrecision {
-    /// f32: nothing is rounded.
+    /// As the checkpoint says: e4m3 with its scales if it declares such a cache, else f32, where nothing is rounded.
     #[default]
     Float,
     /// 8-bit integers.
@@ -36,17 +37,11 @@ impl KvPrecision {
     ///
     /// NaN and Inf make their whole head NaN for integers (there is no scale for them), and stay NaN for `Fp8`.
     pub fn apply(self, values: &mut [f32], head_dim: usize) {
-        self.apply_scaled(values, head_dim, 1.0);
-    }
-
-    /// [`apply`](Self::apply) with a scale for `Fp8`: values are divided by it, rounded, and multiplied by it again
-    /// (the checkpoint's `k_scale` or `v_scale`). Integers ignore it.
-    pub fn apply_scaled(self, values: &mut [f32], head_dim: usize, scale: f32) {
         match self {
             Self::Float => {}
             Self::Int8 => values.chunks_mut(head_dim.max(1)).for_each(|head| round_to_grid(head, 255.0)),
             Self::Int4 => values.chunks_mut(head_dim.max(1)).for_each(|head| round_to_grid(head, 15.0)),
-            Self::Fp8 => values.iter_mut().for_each(|v| *v = to_e4m3(*v / scale) * scale),
+            Self::Fp8 => values.iter_mut().for_each(|v| *v = to_e4m3(*v)),
         }
     }
 }
@@ -127,10 +122,6 @@ mod tests {
         let mut x = [0.1, 0.2];
         KvPrecision::Float.apply(&mut x, 2);
         assert_eq!(x, [0.1, 0.2]);
-        // A scale of 2 doubles the range of fp8.
-        let mut x = [820.0];
-        KvPrecision::Fp8.apply_scaled(&mut x, 1, 2.0);
-        assert_eq!(x, [2.0 * 416.0]);
         let mut x = [1.0, f32::NAN, 1.0, 2.0];
         KvPrecision::Int8.apply(&mut x, 2);
         assert!(x[0].is_nan() && x[1].is_nan() && x[2..] == [1.0, 2.0]);

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use lite_decoder::{BlockSpec, Producer, SiteId};
+use lite_decoder::{BlockSpec, NormKind, Producer, SiteId};
 use rayon::prelude::*;
 
 use super::Judged;
@@ -41,9 +41,12 @@ pub(super) fn find(
 ) -> Result<Scales, RuntimeError> {
     let mut scales = Scales::default();
     for fold in &block.folds {
-        if let Producer::Norm { weight, .. } = &fold.producer
-            && let Some(ratio) = of_norm(judged, original, weight, findings)?
-        {
+        let Producer::Norm { weight, kind, .. } = &fold.producer else { continue };
+        let ratio = of_norm(judged, original, weight, *kind, findings)?;
+        for router in &fold.plain_consumers {
+            check_router(judged, original, router, ratio.as_deref(), findings)?;
+        }
+        if let Some(ratio) = ratio {
             for consumer in &fold.consumers {
                 scales.columns.insert(*consumer, ratio.clone());
             }
@@ -68,11 +71,12 @@ pub(super) fn find(
     Ok(scales)
 }
 
-/// `original / ours` of a norm's weights; `None` where they are equal, or cannot be compared.
+/// `original / ours` of a norm's factors; `None` where they are equal, or cannot be compared.
 fn of_norm(
     judged: &Judged<'_>,
     original: &Original,
     name: &str,
+    kind: NormKind,
     findings: &mut Findings,
 ) -> Result<Option<Vec<f32>>, RuntimeError> {
     if original.holds_same(judged.checkpoint, name) {
@@ -84,7 +88,10 @@ fn of_norm(
     if ours.len() != theirs.len() {
         return Ok(None);
     }
-    let ratio = |(a, b): (&f32, &f32)| if *a == 0.0 && *b == 0.0 { 1.0 } else { b / a };
+    let ratio = |(a, b): (&f32, &f32)| match (kind.factor(*a), kind.factor(*b)) {
+        (0.0, 0.0) => 1.0,
+        (a, b) => b / a,
+    };
     let ratios: Vec<f32> = ours.iter().zip(&theirs).map(ratio).collect();
     let bad = ratios.iter().filter(|ratio| !(**ratio > 0.0 && ratio.is_finite())).count();
     if bad > 0 {
@@ -96,6 +103,46 @@ fn of_norm(
         return Ok(Some(ratios.iter().map(|r| if *r > 0.0 && r.is_finite() { *r } else { 1.0 }).collect()));
     }
     Ok(Some(ratios))
+}
+
+/// Largest relative error of a router: two bits of bfloat16.
+const ROUTER_TOLERANCE: f64 = 1.0 / 128.0;
+
+/// A router reads the same norm as the experts: its columns must have been multiplied by what the norm was divided by,
+/// or tokens go to other experts.
+fn check_router(
+    judged: &Judged<'_>,
+    original: &Original,
+    name: &str,
+    ratio: Option<&[f32]>,
+    findings: &mut Findings,
+) -> Result<(), RuntimeError> {
+    if ratio.is_none() && original.holds_same(judged.checkpoint, name) {
+        return Ok(());
+    }
+    let (Ok(ours), Some((_, theirs))) = (judged.checkpoint.tensor_f32(name), original.load(name)?) else {
+        return Ok(());
+    };
+    if ours.len() != theirs.len() || ratio.is_some_and(|ratio| ratio.is_empty()) {
+        return Ok(());
+    }
+    let (mut error, mut energy) = (0f64, 0f64);
+    for (i, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
+        let wanted = f64::from(*theirs) * ratio.map_or(1.0, |ratio| f64::from(ratio[i % ratio.len()]));
+        error += (f64::from(*ours) - wanted).powi(2);
+        energy += wanted * wanted;
+    }
+    let relative = (error / energy.max(f64::MIN_POSITIVE)).sqrt();
+    // Written so that NaN fails.
+    if !(relative <= ROUTER_TOLERANCE) {
+        let message = format!(
+            "is off by {:.2} % from the original's times what the norm before it was divided by: tokens go to other \
+             experts; quantize again with a tool that rescales routers, or without scales",
+            relative * 100.0
+        );
+        findings.error("router-not-rescaled", Some(name), message);
+    }
+    Ok(())
 }
 
 /// Scales between the rows of a maker and the columns of a reader: (rows of the maker, columns of the reader); `None`

@@ -13,7 +13,7 @@
 //! | `value-not-finite` `norm-zero` `zero-points` `unpack` `scale-zero` `scale-negative` `scale-subnormal` `scale-outlier` | values |
 //! | `codes-constant` `codes-saturated` `codes-one-sided` `codes-range` `zero-offset` `pack-order` | distribution of the codes |
 //! | `tokenizer-differs` `side-file-missing` `side-file-differs` `decoder-differs` `config-value-differs` `plain-differs` | against the original: files |
-//! | `weights-differ` `fold-inconsistent` `column-scale` `group-scale` `zero-shift` `code-outlier` | against the original: weights |
+//! | `weights-differ` `plain-on-grid` `fold-inconsistent` `column-scale` `group-scale` `zero-shift` `code-outlier` | against the original: weights |
 //! | `forward-failed` `forward-diverges` `layer-diverges` | against the original: both models on held-out text |
 //!
 //! With a target engine, its rules add codes of their own (`vllm-…`, `turbomind-…`).
@@ -185,8 +185,9 @@ pub fn verify(
         original::config(&judged, original, &mut findings);
         if !options.quick {
             original::plain(&judged, original, progress, &mut findings)?;
-            counts.2 = weights::check(&judged, original, progress, &mut findings)?;
-            comparison = forward::check(&judged, original, options, progress, &mut findings)?;
+            let compared = weights::check(&judged, original, progress, &mut findings)?;
+            counts.2 = compared.linears;
+            comparison = forward::check(&judged, original, options, compared.dequantized, progress, &mut findings)?;
         }
     }
     Ok(Verification {

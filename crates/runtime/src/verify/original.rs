@@ -98,8 +98,16 @@ pub(super) fn config(judged: &Judged<'_>, original: &Original, findings: &mut Fi
             differs(what, ours.to_string(), theirs.to_string());
         }
     }
-    if ours.rope != theirs.rope {
-        differs("the rotary embedding", format!("{:?}", ours.rope), format!("{:?}", theirs.rope));
+    for (ours, theirs) in
+        [(Some(&ours.rope), Some(&theirs.rope)), (ours.local_rope.as_ref(), theirs.local_rope.as_ref())]
+    {
+        if ours != theirs {
+            differs("the rotary embedding", format!("{ours:?}"), format!("{theirs:?}"));
+        }
+    }
+    let head = |spec: &DecoderSpec| format!("{} and {:?}", spec.head.scale, spec.head.softcap);
+    if head(ours) != head(theirs) {
+        differs("the factor and the cap on logits", head(ours), head(theirs));
     }
     if ours.final_norm.eps != theirs.final_norm.eps {
         differs("the epsilon of norms", ours.final_norm.eps.to_string(), theirs.final_norm.eps.to_string());
@@ -107,6 +115,11 @@ pub(super) fn config(judged: &Judged<'_>, original: &Original, findings: &mut Fi
     for (a, b) in ours.blocks.iter().zip(&theirs.blocks) {
         if a.attn != b.attn {
             differs(&format!("the attention of block {}", a.index), format!("{:?}", a.attn), format!("{:?}", b.attn));
+            break;
+        }
+        if a.residual_scale != b.residual_scale {
+            let what = format!("the factor on what block {} adds", a.index);
+            differs(&what, a.residual_scale.to_string(), b.residual_scale.to_string());
             break;
         }
         if a.mlp != b.mlp {
@@ -157,15 +170,17 @@ pub(super) fn plain(
     Ok(())
 }
 
-/// Tensors that a fold may change: norms before linears, and weights and biases of linears.
+/// Tensors that a fold may change: norms before linears, routers, and weights and biases of linears.
 fn foldable(judged: &Judged<'_>) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     let Some(spec) = judged.spec else { return names };
     for block in &spec.blocks {
         for fold in &block.folds {
-            if let Producer::Norm { weight, .. } = &fold.producer {
+            if let Producer::Norm { weight, bias, .. } = &fold.producer {
                 names.insert(weight.clone());
+                names.extend(bias.clone());
             }
+            names.extend(fold.plain_consumers.iter().cloned());
         }
         for site in &block.sites {
             names.insert(format!("{}.weight", site.module));

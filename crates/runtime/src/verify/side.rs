@@ -1,6 +1,6 @@
 //! The files beside the weights.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use lite_model::printable;
@@ -17,6 +17,18 @@ const TOKENIZERS: [&str; 6] =
 /// Files that change what a model says, though not its tokens.
 const BEHAVIOUR: [&str; 4] =
     ["generation_config.json", "chat_template.jinja", "chat_template.json", "preprocessor_config.json"];
+/// Keys of side files that transformers writes for itself: where the files came from, and by which version.
+const BOOKKEEPING: [&str; 7] = [
+    "_commit_hash",
+    "_from_model_config",
+    "_name_or_path",
+    "is_local",
+    "local_files_only",
+    "name_or_path",
+    "transformers_version",
+];
+/// Keys that a message lists.
+const SHOWN_KEYS: usize = 4;
 /// Largest file that is read here, in bytes.
 const LARGEST: u64 = 256 << 20;
 
@@ -97,9 +109,34 @@ fn against(judged: &Judged<'_>, original: &Path, own: Option<&BTreeMap<String, u
                 (true, false) => {
                     findings.error("tokenizer-differs", Some(name), "differs from the original's: copy that")
                 }
-                (false, false) => findings.warning("side-file-differs", Some(name), "differs from the original's"),
+                (false, false) => differing(&ours, &theirs, name, findings),
             }
         }
+    }
+}
+
+/// A side file that is not the original's: a note where only what libraries write for themselves differs.
+fn differing(ours: &Path, theirs: &Path, name: &str, findings: &mut Findings) {
+    let (Ok(ours), Ok(theirs)) = (json(ours), json(theirs)) else {
+        return findings.warning("side-file-differs", Some(name), "differs from the original's");
+    };
+    let keys: BTreeSet<&String> =
+        ours.keys().chain(theirs.keys()).filter(|key| ours.get(*key) != theirs.get(*key)).collect();
+    let list = |keys: &[&String]| {
+        let shown: Vec<String> = keys.iter().take(SHOWN_KEYS).map(|key| format!("`{}`", printable(key))).collect();
+        let more = if keys.len() > SHOWN_KEYS { " and more" } else { "" };
+        format!("{}{more}", shown.join(", "))
+    };
+    let told: Vec<&String> = keys.iter().filter(|key| !BOOKKEEPING.contains(&key.as_str())).copied().collect();
+    if told.is_empty() {
+        let keys: Vec<&String> = keys.into_iter().collect();
+        let message =
+            format!("differs from the original's only in what libraries note for themselves: {}", list(&keys));
+        findings.note("side-file-differs", Some(name), message);
+    } else {
+        let message =
+            format!("differs from the original's in {}: copy the original's unless that is meant", list(&told));
+        findings.warning("side-file-differs", Some(name), message);
     }
 }
 

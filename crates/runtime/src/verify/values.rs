@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use lite_decoder::NormKind;
 use lite_model::printable;
 use lite_pack::PackError;
 use lite_pack::targets::{Severity, check_scales};
@@ -29,8 +30,10 @@ pub(super) fn plain(
         .spec
         .iter()
         .flat_map(|spec| {
-            let blocks = spec.blocks.iter().flat_map(|b| [&b.norms.attn.weight, &b.norms.mlp.weight]);
-            blocks.chain([&spec.final_norm.weight])
+            // Stored distances from 1 may all be zero.
+            let blocks = spec.blocks.iter().flat_map(|block| block.norms.all());
+            let norms = blocks.chain([&spec.final_norm]).filter(|norm| norm.kind != NormKind::RmsPlusOne);
+            norms.map(|norm| &norm.weight)
         })
         .map(String::as_str)
         .collect();

@@ -1,5 +1,6 @@
 //! Dequantized weights against the original's, folds undone.
 
+mod levels;
 mod resemblance;
 mod steps;
 
@@ -37,29 +38,65 @@ fn least_cosine(bits: u8) -> f64 {
     }
 }
 
-/// Every packed linear against the original's weight; returns how many were compared. Holds one block of both.
+/// How the weight of a linear is stored.
+enum Stored {
+    Packed(Weights),
+    /// As values that codes of so many bits stand for.
+    Dequantized(u8),
+    Plain,
+}
+
+impl Stored {
+    fn bits(&self) -> u8 {
+        match self {
+            Self::Packed(weights) => bits(&LinearScheme::from(weights.scheme())),
+            Self::Dequantized(bits) => *bits,
+            Self::Plain => 16,
+        }
+    }
+}
+
+/// What was compared.
+pub(super) struct Compared {
+    /// Packed linears.
+    pub(super) linears: usize,
+    /// Fewest bits of linears that are stored as the values of their codes.
+    pub(super) dequantized: Option<u8>,
+}
+
+impl Compared {
+    fn add(&mut self, stored: &Stored) {
+        match stored {
+            Stored::Packed(_) => self.linears += 1,
+            Stored::Dequantized(bits) => self.dequantized = Some(self.dequantized.map_or(*bits, |b| b.min(*bits))),
+            Stored::Plain => {}
+        }
+    }
+}
+
+/// Every linear against the original's weight. Holds one block of both.
 pub(super) fn check(
     judged: &Judged<'_>,
     original: &Original,
     progress: CompareProgress<'_>,
     findings: &mut Findings,
-) -> Result<usize, RuntimeError> {
+) -> Result<Compared, RuntimeError> {
     let Some(spec) = judged.spec else { return without_decoder(judged, original, progress, findings) };
-    let mut count = 0;
+    let mut compared = Compared { linears: 0, dequantized: None };
     for block in &spec.blocks {
         if !progress("weights", block.index, spec.blocks.len()) {
             return Err(RuntimeError::Interrupted);
         }
-        count += block_weights(judged, original, block, findings)?;
+        block_weights(judged, original, block, &mut compared, findings)?;
     }
     let head = judged.linears.last().filter(|linear| linear.module == spec.head.module);
     if let Some(head) = head
-        && let Some((pair, weights)) = load(judged, original, &head.module, head.n, head.k, findings)?
+        && let Some((pair, stored)) = load(judged, original, &head.module, head.n, head.k, findings)?
     {
-        count += 1;
-        packed(judged, original, &head.module, &pair, weights.as_ref(), None, None, findings)?;
+        compared.add(&stored);
+        judge(judged, original, &head.module, &pair, &stored, None, None, findings)?;
     }
-    Ok(count)
+    Ok(compared)
 }
 
 fn without_decoder(
@@ -67,59 +104,59 @@ fn without_decoder(
     original: &Original,
     progress: CompareProgress<'_>,
     findings: &mut Findings,
-) -> Result<usize, RuntimeError> {
-    let mut count = 0;
+) -> Result<Compared, RuntimeError> {
+    let mut compared = Compared { linears: 0, dequantized: None };
     for (done, linear) in judged.linears.iter().enumerate() {
         if !progress("weights", done, judged.linears.len()) {
             return Err(RuntimeError::Interrupted);
         }
-        if let Some((pair, weights)) = load(judged, original, &linear.module, linear.n, linear.k, findings)? {
+        if let Some((pair, stored)) = load(judged, original, &linear.module, linear.n, linear.k, findings)? {
             // Folds are not known: what one may change is told by its column ratios alone.
             let columns: Vec<f32> =
                 folds::column_ratios(&pair).iter().map(|r| if *r > 0.0 && r.is_finite() { *r } else { 1.0 }).collect();
-            packed(judged, original, &linear.module, &pair, weights.as_ref(), Some(&columns), None, findings)?;
-            count += 1;
+            judge(judged, original, &linear.module, &pair, &stored, Some(&columns), None, findings)?;
+            compared.add(&stored);
         }
     }
-    Ok(count)
+    Ok(compared)
 }
 
 fn block_weights(
     judged: &Judged<'_>,
     original: &Original,
     block: &BlockSpec,
+    compared: &mut Compared,
     findings: &mut Findings,
-) -> Result<usize, RuntimeError> {
+) -> Result<(), RuntimeError> {
     let mut pairs = BTreeMap::new();
     let mut coded = BTreeMap::new();
     for site in &block.sites {
         let found = load(judged, original, &site.module, site.out_features, site.in_features, findings)?;
-        if let Some((pair, weights)) = found {
+        if let Some((pair, stored)) = found {
             pairs.insert(site.id, pair);
-            coded.insert(site.id, weights);
+            compared.add(&stored);
+            coded.insert(site.id, stored);
         }
     }
     let exact = judged.quantized.is_none_or(|quantized| {
         let config = quantized.config();
         config.overrides.iter().map(|(_, scheme)| scheme).chain([&config.scheme]).all(|scheme| bits(scheme) >= 4)
-    });
+    }) && coded.values().all(|stored| stored.bits() >= 4);
     let scales = folds::find(block, judged, original, &pairs, exact, findings)?;
-    let mut count = 0;
     for site in &block.sites {
-        let Some((pair, weights)) = pairs.get(&site.id).zip(coded.get(&site.id)) else { continue };
+        let Some((pair, stored)) = pairs.get(&site.id).zip(coded.get(&site.id)) else { continue };
         let of = |map: &BTreeMap<SiteId, Vec<f32>>| map.get(&site.id).cloned();
         let (columns, rows) = (of(&scales.columns), of(&scales.rows));
-        count += usize::from(weights.is_some());
-        packed(judged, original, &site.module, pair, weights.as_ref(), columns.as_deref(), rows.as_deref(), findings)?;
+        judge(judged, original, &site.module, pair, stored, columns.as_deref(), rows.as_deref(), findings)?;
         if site.bias {
             bias(judged, original, &site.module, &scales, site.id, findings)?;
         }
     }
-    Ok(count)
+    Ok(())
 }
 
-/// Both weights of a linear, and the codes if it is packed; `None` where one of them cannot be read, which is a finding
-/// of its own.
+/// Both weights of a linear, and how ours is stored; `None` where one of them cannot be read, which is a finding of its
+/// own.
 fn load(
     judged: &Judged<'_>,
     original: &Original,
@@ -127,7 +164,7 @@ fn load(
     n: usize,
     k: usize,
     findings: &mut Findings,
-) -> Result<Option<(Pair, Option<Weights>)>, RuntimeError> {
+) -> Result<Option<(Pair, Stored)>, RuntimeError> {
     let name = format!("{module}.weight");
     let mut weights = None;
     let ours = if judged.is_packed(module) {
@@ -152,24 +189,32 @@ fn load(
         findings.error("weights-differ", Some(module), message);
         return Ok(None);
     }
-    Ok(Some((Pair { n, k, ours, theirs }, weights)))
+    let stored = match weights {
+        Some(weights) => Stored::Packed(weights),
+        None if ours == theirs => Stored::Plain,
+        None => levels::bits(&ours, n, k).map_or(Stored::Plain, Stored::Dequantized),
+    };
+    Ok(Some((Pair { n, k, ours, theirs }, stored)))
 }
 
 /// One linear: in all, by column, by group, by code.
-fn packed(
+fn judge(
     judged: &Judged<'_>,
     original: &Original,
     module: &str,
     pair: &Pair,
-    weights: Option<&Weights>,
+    stored: &Stored,
     columns: Option<&[f32]>,
     rows: Option<&[f32]>,
     findings: &mut Findings,
 ) -> Result<(), RuntimeError> {
-    let grid = weights.map_or(Grid::plain(pair.n, pair.k), Grid::of);
+    let grid = match stored {
+        Stored::Packed(weights) => Grid::of(weights),
+        Stored::Dequantized(_) | Stored::Plain => Grid::plain(pair.n, pair.k),
+    };
     let Some(grid) = grid else { return Ok(()) };
     let found = Summary::of(pair, &grid, columns, rows);
-    let bits = weights.map_or(16, |weights| bits(&LinearScheme::from(weights.scheme())));
+    let bits = stored.bits();
     if found.cosine.is_nan() || found.cosine < least_cosine(bits) {
         let like = resemblance::find(judged, original, module, pair)?;
         let message = format!(
@@ -180,16 +225,27 @@ fn packed(
         findings.error("weights-differ", Some(module), message);
         return Ok(());
     }
-    if weights.is_none() {
-        // Rounded to the file's type after a fold.
-        if found.relative > 0.01 {
+    match stored {
+        Stored::Packed(_) => {}
+        Stored::Dequantized(bits) => {
             let message = format!(
-                "stored plain, but differs from the original's by {:.2} %, and no fold explains it",
-                100.0 * found.relative
+                "is stored plain, but as the values of {bits}-bit codes: a quantized model saved as floats, judged by that; \
+                 engines load it as a plain one"
             );
-            findings.error("plain-differs", Some(module), message);
+            findings.note("plain-on-grid", Some(module), message);
+            return Ok(());
         }
-        return Ok(());
+        Stored::Plain => {
+            // Rounded to the file's type after a fold.
+            if found.relative > 0.01 {
+                let message = format!(
+                    "stored plain, but differs from the original's by {:.2} %, and no fold explains it",
+                    100.0 * found.relative
+                );
+                findings.error("plain-differs", Some(module), message);
+            }
+            return Ok(());
+        }
     }
     let loose = bits < 4;
     let factor = found.factor();
@@ -203,23 +259,27 @@ fn packed(
     }
     if let Some((count, worst)) = found.columns_off(if loose { 0.5 } else { 0.2 }) {
         let message = format!(
-            "{count} input channels are scaled by another factor than the tensors around them say, the worst by {worst:.2}: \
-             a norm or scales of a fold are damaged"
+            "{} scaled by another factor than the tensors around them say, the worst by {worst:.2}: a norm or scales of a \
+             fold are damaged",
+            counted(count, "input channel is", "input channels are")
         );
         findings.error("column-scale", Some(module), message);
     }
     if let Some((count, worst, at)) = found.groups_off(if loose { 0.35 } else { 0.08 }) {
         let message = format!(
-            "{count} scales do not fit the original's weights; that of row {}, group {} is off by a factor of {worst:.3}",
-            at.0, at.1
+            "{} not fit the original's weights; that of row {}, group {} is off by a factor of {worst:.3}",
+            counted(count, "scale does", "scales do"),
+            at.0,
+            at.1
         );
         findings.error("group-scale", Some(module), message);
     }
     if let Some((count, worst, at)) = found.shifted() {
         let message = format!(
-            "{count} groups are shifted against the original's weights; row {}, group {} by {worst:.2} steps: a zero point \
-             is wrong",
-            at.0, at.1
+            "{} shifted against the original's weights; row {}, group {} by {worst:.2} steps: a zero point is wrong",
+            counted(count, "group is", "groups are"),
+            at.0,
+            at.1
         );
         findings.error("zero-shift", Some(module), message);
     }
@@ -227,13 +287,21 @@ fn packed(
         && let Some((count, worst, at)) = steps::outliers(pair, &grid, columns, rows, found.steps)
     {
         let message = format!(
-            "{count} codes are far from the original's weights; that of row {}, column {} by {worst:.1} steps, where the \
-             usual error is {:.2}: bits are flipped",
-            at.0, at.1, found.steps
+            "{} far from the original's weights; that of row {}, column {} by {worst:.1} steps, where the usual error is \
+             {:.2}: bits are flipped",
+            counted(count, "code is", "codes are"),
+            at.0,
+            at.1,
+            found.steps
         );
         findings.error("code-outlier", Some(module), message);
     }
     Ok(())
+}
+
+/// How many, with the words for one or for several.
+fn counted(count: usize, one: &str, several: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { several })
 }
 
 /// A bias, which a fold divides like the rows of its weight.

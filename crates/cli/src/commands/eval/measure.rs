@@ -10,7 +10,8 @@ use lite_job::{CalibSettings, Event, HubFetcher, JobError, Observer, Recipe};
 use lite_runtime::eval::{
     Canary, EvalModel, EvalSource, Request, ScoredItem, canaries, flips, log_likelihoods, perplexity, score_items,
 };
-use lite_runtime::{RuntimeError, Subject, check_alike, compare_subjects};
+use lite_runtime::generate::{KvPrecision, MemoryNeed};
+use lite_runtime::{Engine, RuntimeError, Subject, check_alike, compare_subjects};
 
 use super::report::{Protocol, Report, TaskReport};
 use super::{EvalArgs, failure, note};
@@ -76,6 +77,12 @@ impl Session<'_> {
 
     fn failure(&self, error: RuntimeError) -> JobError {
         failure(error, self.dir)
+    }
+
+    /// What the flag makes of keys and values; `None`: what the checkpoint says, also where that is fp8 with scales.
+    fn kv(&self) -> Option<KvPrecision> {
+        let scales = self.model.engine().is_some_and(Engine::quantizes_cache);
+        super::kv_transform(self.args.kv_bits).filter(|kv| !(scales && *kv == KvPrecision::Fp8))
     }
 
     /// The checkpoint's own tokenizer; the original's if it has none.
@@ -160,7 +167,7 @@ impl Session<'_> {
     fn measure_text(&self, windows: &Windows, report: &mut Report) -> Result<(), JobError> {
         let batch = (BATCH_TOKENS / windows.seqlen().max(1)).max(1);
         let go_on = |step: &'static str, done: usize, of: usize| self.go_on(step, done, of);
-        let kv = super::kv_transform(self.args.kv_bits);
+        let kv = self.kv();
         let source = self.model.source();
         let name = if self.model.layout().is_some() { "quantized" } else { "evaluated" };
         let subject = self.subject(name, &self.model, &source, kv.as_ref().map(|kv| kv as &dyn KvTransform));
@@ -200,18 +207,15 @@ impl Session<'_> {
             return Ok(Vec::new());
         }
         let go_on = |done: usize, of: usize| self.go_on("greedy", done, of);
-        let kv = super::kv_transform(self.args.kv_bits).unwrap_or_default();
+        let kv = self.kv().unwrap_or_default();
         canaries(against, self.dir, &prompts, CANARY_TOKENS, kv, &go_on).map_err(|e| self.failure(e))
     }
 
-    /// Whether the larger model would take no more than half of the memory there is.
+    /// Whether each of the two models fits by itself.
     fn fits(&self, original: &EvalModel) -> bool {
-        let bytes = |model: &EvalModel| -> u64 {
-            let files = model.checkpoint();
-            files.names().filter_map(|name| files.info(name)).map(|info| info.bytes).sum()
-        };
+        let bytes = |model| MemoryNeed::of(model, CANARY_PROMPT, CANARY_PROMPT + CANARY_TOKENS).peak();
         let budget = self.args.max_memory.or_else(available);
-        budget.is_some_and(|budget| bytes(original).max(bytes(&self.model)) <= budget / 2)
+        budget.is_some_and(|budget| bytes(original).max(bytes(&self.model)) <= budget)
     }
 
     fn go_on(&self, step: &'static str, done: usize, of: usize) -> bool {
@@ -275,7 +279,7 @@ impl Session<'_> {
             });
             Ok(items.collect())
         };
-        let kv = super::kv_transform(self.args.kv_bits);
+        let kv = self.kv();
         let source = self.model.source();
         let items =
             score(&self.subject("evaluated", &self.model, &source, kv.as_ref().map(|kv| kv as &dyn KvTransform)))?;

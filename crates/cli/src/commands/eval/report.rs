@@ -132,21 +132,25 @@ pub(super) fn text(out: &mut impl Write, report: &Report) -> io::Result<()> {
     }
     if let Some(p) = &report.perplexity {
         writeln!(out, "  perplexity    {}", pm(p.perplexity, 4))?;
+        if report.layout.is_some() {
+            writeln!(out, "                --against ORIGINAL adds its perplexity and the KL divergence from it")?;
+        }
     }
     if let Some(comparison) = &report.comparison {
         compared(out, comparison)?;
     }
     for (number, canary) in report.canaries.iter().enumerate() {
         let looped = |name: &str, found: Option<Repetition>| {
-            found.map_or(String::new(), |r| format!("; {name} repeats {} tokens from {} on", r.cycle, r.start))
+            let cycle = |n: usize| if n == 1 { "1 token".to_owned() } else { format!("{n} tokens") };
+            found.map_or(String::new(), |r| format!("; from token {} on {name} repeats {}", r.start, cycle(r.cycle)))
         };
         writeln!(
             out,
-            "  canary {}      {} of {} greedy tokens match{}{}{}",
+            "  canary {}      {} of {} greedy tokens{}{}{}",
             number + 1,
-            canary.matching,
+            if canary.identical { "all".to_owned() } else { format!("the first {}", canary.matching) },
             canary.length,
-            if canary.identical { ", no difference" } else { "" },
+            if canary.identical { " are the original's" } else { " are the original's, then they differ" },
             looped("the checkpoint", canary.quantized),
             looped("the original", canary.original)
         )?;
@@ -214,8 +218,9 @@ fn compared(out: &mut impl Write, comparison: &Comparison) -> io::Result<()> {
         "  layers, worst first ({shown} of {}): relative error of the layer's own output; gathered so far",
         layers.len()
     )?;
+    writeln!(out, "    layer    own   so far")?;
     for layer in &layers[..shown] {
-        writeln!(out, "    {:>4}   {:.4}   {:.4}", layer.block, layer.own, layer.accumulated)?;
+        writeln!(out, "    {:>5} {:.4}   {:.4}", layer.block, layer.own, layer.accumulated)?;
     }
     Ok(())
 }
