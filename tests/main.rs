@@ -17,6 +17,7 @@ mod e2e {
     mod gptq;
     mod layering;
     mod manifests;
+    mod mixtures;
     mod outputs;
     mod plans;
     mod poison;
@@ -28,4 +29,5 @@ mod e2e {
     mod support;
     mod tied;
     mod verify;
+    mod wrappers;
 }

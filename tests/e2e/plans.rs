@@ -54,7 +54,7 @@ fn a_plan_holds_a_run_to_what_was_planned() {
         assert!(!at.join("out/config.json").exists());
     };
     // The recipe.
-    refused(&["run", "job.yaml", "--plan", "plan.json", "--set", "scheme.group_size=128"], "group_size");
+    refused(&["run", "job.yaml", "--plan", "plan.json", "--set", "scheme.group_size=128"], "w-group-size: 64 → 128");
     // The text.
     let text = std::fs::read(at.join("text.txt")).unwrap();
     std::fs::write(at.join("text.txt"), [b"Another beginning. ", text.as_slice()].concat()).unwrap();
@@ -68,7 +68,7 @@ fn a_plan_holds_a_run_to_what_was_planned() {
     // The plan file itself.
     let changed = std::fs::read_to_string(at.join("plan.json")).unwrap().replace("group_size: 64", "group_size: 32");
     std::fs::write(at.join("changed.json"), changed).unwrap();
-    refused(&["run", "--plan", "changed.json"], "group_size");
+    refused(&["run", "--plan", "changed.json"], "w-group-size: 64 → 32");
 
     ok(at, &["run", "--plan", "plan.json"]);
     ok(at, &["run", "job.yaml", "--work-dir", "other"]);

@@ -144,3 +144,37 @@ fn rules_of_engines_are_checked_on_what_is_stored() {
     let (code, text, _) = run(&dir, &["--target", "turbomind", "--tp", "4"]);
     assert!(code == 6 && text.contains("turbomind-"), "{text}");
 }
+
+/// What AutoRound's `fake` format and `lite convert --layout plain` write: the values of codes as floats.
+#[test]
+fn a_quantized_model_saved_as_floats_is_judged_by_its_bits() {
+    let out = tempfile::tempdir().unwrap();
+    let run = |args: &[&str], model: &Path, to: &Path| {
+        let made = lite().arg(args[0]).arg(model).args(&args[1..]).arg("--work-dir").arg(to).output().unwrap();
+        assert!(made.status.success(), "{args:?}: {}", String::from_utf8_lossy(&made.stderr));
+    };
+    for (scheme, bits) in [("W4A16", 4), ("W8A16", 8)] {
+        let (packed, plain) = (out.path().join(scheme), out.path().join(format!("{scheme}-plain")));
+        run(&["rtn", "--scheme", scheme, "--eval-samples", "0"], &model(), &packed);
+        run(&["convert", "--layout", "plain"], &packed, &plain);
+        let found = findings(&plain, Some(&model()));
+        assert!(errors(&found).is_empty(), "{:?}", errors(&found));
+        let noted: Vec<&Finding> = found.iter().filter(|finding| finding.code == "plain-on-grid").collect();
+        // 8 bits differ by less than what a plain tensor may, and rows of 256 are too short to tell.
+        assert!(bits == 8 || noted.len() == 42, "{scheme}: {}", noted.len());
+        assert!(noted.iter().all(|finding| finding.message.contains(&format!("{bits}-bit"))), "{noted:?}");
+
+        // Values between the levels are no codes' any more.
+        let mut damaged = Checkpoint::read(&plain, &model());
+        let weight = damaged.tensors.get_mut("model.layers.3.mlp.up_proj.weight").unwrap();
+        assert_eq!(weight.dtype, safetensors::Dtype::BF16);
+        for (at, value) in weight.data.chunks_exact_mut(2).enumerate() {
+            let bits = u16::from_le_bytes([value[0], value[1]]);
+            // By up to a quarter.
+            value.copy_from_slice(&(bits ^ (at * 7 % 32) as u16).to_le_bytes());
+        }
+        let damaged = damaged.write();
+        let found = errors(&findings(damaged.path(), Some(&model())));
+        assert!(found.iter().any(|error| error.contains("up_proj") && error.starts_with("plain-differs")), "{found:?}");
+    }
+}

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Greedy continuations by transformers, of every family fixture and of the bundled model.
 
-    python tests/generators/greedy_tokens.py tests/fixtures
+    python tests/generators/greedy_tokens.py tests/fixtures [case ...]
 
 Writes generate/greedy.json: per case the prompt's ids, 64 greedy tokens (f32, eager attention, with transformers' own
 KV cache but for LongRoPE, no end token), and the smallest distance between the best and the second logit on the way. Prompts are drawn
 until that distance is at least 1e-3, so that the last bits of a logit decide nothing, and four tokens differ. InternLM2, InternLM3 and
-Baichuan2 run as Llama with the same weights, as in decoder_fixtures.py.
+Baichuan2 run as Llama with the same weights, as in decoder_fixtures.py. With names of cases the others stay as they are.
 
 Written for torch 2.10 (CPU), transformers 5.17.
 """
@@ -18,11 +18,15 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 import decoder_fixtures  # noqa: E402
+
+DENSE_MODEL = decoder_fixtures.fresh_model
+import moe_fixtures  # noqa: E402
 
 NEW, MARGIN = 64, 1e-3
 TEXT = "It was a bright morning, and the old man"
@@ -39,16 +43,24 @@ def greedy(model, prompt, use_cache=True):
 
 
 def main():
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
     fixtures = Path(sys.argv[1])
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    found = {}
-    for case in decoder_fixtures.cases():
+    wanted = sys.argv[2:]
+    found = json.loads((fixtures / "generate" / "greedy.json").read_text()) if wanted else {}
+    # Generation knows no latent attention.
+    experts = [case for case in moe_fixtures.cases() if "kv_lora_rank" not in case["build"]]
+    for case in decoder_fixtures.cases() + experts:
         name = case["name"]
+        if wanted and name not in wanted:
+            continue
         folder = fixtures / "families" / name
-        tensors = decoder_fixtures.class_tensors(case, folder)
+        if case in experts:
+            tensors, fresh = load_file(folder / "model.safetensors"), moe_fixtures.fresh_model
+        else:
+            tensors, fresh = decoder_fixtures.class_tensors(case, folder), DENSE_MODEL
         seed = int.from_bytes(hashlib.sha256(f"greedy {name}".encode()).digest()[:4], "little")
         gen = torch.Generator().manual_seed(seed)
         for _ in range(200):
@@ -57,7 +69,7 @@ def main():
             # LongRoPE changes its frequencies on the way. Phi-3 then drops its cache, to compute it again; transformers
             # 5.17 goes on with the last token alone.
             cached = case["build"]["rope_parameters"].get("rope_type") != "longrope"
-            tokens, margin = greedy(decoder_fixtures.fresh_model(case, tensors), prompt, cached)
+            tokens, margin = greedy(fresh(case, tensors), prompt, cached)
             if margin >= MARGIN and len(set(tokens)) >= 4:
                 break
         else:

@@ -224,7 +224,7 @@ pub(crate) fn plan(out: &mut impl Write, plan: &Plan, checkpoint: &Checkpoint, f
         mib(memory.hidden),
         if memory.spooled { " (in a file)" } else { "" },
         mib(memory.activations),
-        mib(memory.solve),
+        mib(memory.solve.max(memory.tune)),
         mib(memory.check)
     )?;
     let free = plan.disk_free.map_or(String::new(), |free| format!(", {} are free", size(free)));
@@ -363,6 +363,6 @@ pub(crate) fn plan_json(plan: &Plan) -> Value {
            "source_bytes": plan.source_bytes, "output_bytes": plan.output_bytes, "disk_bytes": plan.disk_bytes,
            "disk_free_bytes": plan.disk_free, "memory": {"peak": memory.peak(), "block": memory.block, "grams": memory.grams,
            "hidden": memory.hidden, "middle": memory.middle, "spooled": memory.spooled, "activations": memory.activations,
-           "solve": memory.solve, "check": memory.check},
+           "solve": memory.solve, "tune": memory.tune, "check": memory.check},
            "flops": plan.work.total(), "engines": engines, "tensors": tensors, "notes": plan.notes, "warnings": plan.warnings})
 }

@@ -144,7 +144,7 @@ impl Plan {
     ) -> Result<Self, ConvertError> {
         let (chosen, common) = choose(recipe, source, surveys, layout)?;
         let mut notes = Vec::new();
-        let spec = DecoderSpec::from_config(source.checkpoint().config()).ok();
+        let spec = DecoderSpec::of(source.checkpoint()).ok();
         let ignored = ignored(source, spec.as_ref());
         let sites = site_facts(source, &chosen, &ignored);
         let config = source.checkpoint().config();

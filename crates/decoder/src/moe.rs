@@ -90,6 +90,41 @@ fn choose(choice: &mut [f32], router: &RouterSpec, top_k: usize) -> Vec<u32> {
     best(choice, top_k)
 }
 
+impl MoeSpec {
+    /// Turns a router's logits `[tokens, experts]` into scores, in place.
+    pub fn score(&self, logits: &mut [f32]) {
+        score(logits, self.experts, self.router.scoring);
+    }
+
+    /// The experts of each token, from its scores `[tokens, experts]` and the correction `[experts]`, if there is one.
+    pub fn pick(&self, scores: &[f32], correction: Option<&[f32]>) -> Routing {
+        let router = &self.router;
+        let picked: Vec<(Vec<u32>, Vec<f32>)> = scores
+            .par_chunks(self.experts.max(1))
+            .map(|scores| {
+                let mut choice = scores.to_vec();
+                choice.iter_mut().zip(correction.unwrap_or_default()).for_each(|(c, b)| *c += b);
+                let experts = choose(&mut choice, router, self.top_k);
+                let mut weights: Vec<f32> = experts.iter().map(|e| scores[*e as usize]).collect();
+                if router.normalize {
+                    let sum: f32 = weights.iter().sum();
+                    // Sigmoids may all be zero; the published code adds this.
+                    let sum = if router.scoring == Scoring::Sigmoid { sum + 1e-20 } else { sum };
+                    weights.iter_mut().for_each(|w| *w /= sum);
+                }
+                weights.iter_mut().for_each(|w| *w *= router.scale);
+                (experts, weights)
+            })
+            .collect();
+        let mut routing = Routing::empty(self.top_k);
+        for (experts, weights) in picked {
+            routing.experts.extend(experts);
+            routing.weights.extend(weights);
+        }
+        routing
+    }
+}
+
 impl Block {
     fn moe_spec(&self) -> Result<&MoeSpec, DecoderError> {
         match &self.spec().mlp {
@@ -107,7 +142,7 @@ impl Block {
         let weight = self.plain(&moe.router.weight)?;
         let logits = ops::linear(normed, weight, None, self.compute().is_composed())?;
         let mut scores = with_cpu_slice(&logits, <[f32]>::to_vec)?;
-        score(&mut scores, moe.experts, moe.router.scoring);
+        moe.score(&mut scores);
         Ok(scores)
     }
 
@@ -119,31 +154,7 @@ impl Block {
         let (moe, scores) = (self.moe_spec()?, self.router_scores(normed)?);
         let correction = moe.router.correction.as_ref().map(|name| self.plain(name)).transpose()?;
         let correction = correction.map(|tensor| with_cpu_slice(tensor, <[f32]>::to_vec)).transpose()?;
-        let picked: Vec<(Vec<u32>, Vec<f32>)> = scores
-            .par_chunks(moe.experts)
-            .map(|scores| {
-                let mut choice = scores.to_vec();
-                if let Some(correction) = &correction {
-                    choice.iter_mut().zip(correction).for_each(|(c, b)| *c += b);
-                }
-                let experts = choose(&mut choice, &moe.router, moe.top_k);
-                let mut weights: Vec<f32> = experts.iter().map(|e| scores[*e as usize]).collect();
-                if moe.router.normalize {
-                    let sum: f32 = weights.iter().sum();
-                    // Sigmoids may all be zero; the published code adds this.
-                    let sum = if moe.router.scoring == Scoring::Sigmoid { sum + 1e-20 } else { sum };
-                    weights.iter_mut().for_each(|w| *w /= sum);
-                }
-                weights.iter_mut().for_each(|w| *w *= moe.router.scale);
-                (experts, weights)
-            })
-            .collect();
-        let mut routing = Routing::empty(moe.top_k);
-        for (experts, weights) in picked {
-            routing.experts.extend(experts);
-            routing.weights.extend(weights);
-        }
-        Ok(routing)
+        Ok(moe.pick(&scores, correction.as_deref()))
     }
 
     /// `act(gate(x)) · up(x)` of an expert: rows of its input to rows of its down's input.

@@ -31,6 +31,8 @@ pub struct MemoryEstimate {
     pub activations: u64,
     /// Copies while scales are searched and codes are chosen.
     pub solve: u64,
+    /// Tuning one block: its weights' shadows, gradients and moments, and what the way back needs of one step's windows.
+    pub tune: u64,
     /// The final comparison: two blocks, two streams, two batches.
     pub check: u64,
 }
@@ -38,8 +40,12 @@ pub struct MemoryEstimate {
 impl MemoryEstimate {
     /// Peak of the whole run.
     pub fn peak(&self) -> u64 {
-        let hidden = if self.spooled { 0 } else { self.hidden };
-        let work = self.block + self.grams + hidden + self.middle + self.activations.max(self.solve);
+        let kept = self.middle + if self.spooled { 0 } else { self.hidden };
+        // Long-lived blocks among short-lived ones: some room between them is lost.
+        let kept = kept + kept / 8;
+        // Tuning comes when codes are chosen; the allocator has not given back all that took.
+        let tuned = if self.tune > 0 { self.tune + self.activations.max(self.solve / 2) } else { 0 };
+        let work = self.block + self.grams + kept + self.activations.max(self.solve).max(tuned);
         self.base + work.max(self.check)
     }
 }
@@ -77,6 +83,9 @@ const BASE: u64 = 46 << 20;
 /// What a forward pass brings besides: the tokenizer's tables, buffers of the products, and what the allocator keeps.
 /// Measured, on models of 6 and 43 million parameters.
 const PASSES: u64 = 44 << 20;
+
+/// Windows of one step of tuning.
+const TUNED_WINDOWS: usize = 8;
 
 /// Panels read ahead, panels in f32, parts of plain tensors of two files.
 const STREAMED: u64 = 192 << 20;
@@ -186,6 +195,9 @@ impl Costs<'_> {
         let blocks = if self.solver.error_aware { 2 } else { 1 };
         let in_flight = if self.solver.error_aware { IN_FLIGHT } else { 1 };
         let grams = if self.solver.error_aware { widest * widest * 8 } else { grams };
+        // Shadow, gradient and two moments in f32, windows of one step.
+        let tune = block * 16 + tokens(TUNED_WINDOWS.min(self.windows), self.seqlen) * per_token / 2;
+        let tune = if self.solver.tune && calibrated { tune } else { 0 };
         // What is recorded of a block, and the file that is made of it.
         let block = block * (4 * blocks + self.source_bytes_per_weight) + 2 * self.records().1;
         if !calibrated {
@@ -208,6 +220,7 @@ impl Costs<'_> {
             spooled: false,
             activations: tokens((self.batch * in_flight).min(self.windows), self.seqlen) * per_token,
             solve,
+            tune,
             check,
         }
     }
@@ -247,7 +260,7 @@ impl Costs<'_> {
                     work.solve += 12.0 * n * k * k + 2.0 / 3.0 * k * k * k;
                 }
                 if self.solver.tune {
-                    work.forward += 100.0 * (8 * self.seqlen) as f64 * 6.0 * n * k;
+                    work.forward += 100.0 * (TUNED_WINDOWS * self.seqlen) as f64 * 6.0 * n * k;
                 }
                 // Range search over tiles of the Gram matrix, twice in the search and once at the end;
                 // losses are full products.

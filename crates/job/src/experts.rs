@@ -9,16 +9,17 @@ use lite_stats::CrossStats;
 
 use crate::batches::in_order;
 use crate::calibrate::{Pass, Sink, by_input};
+use crate::expert_rows::{Chunk, Members, chunks};
 use crate::fold::tensor;
 use crate::hidden::HiddenStates;
+use crate::lanes::{Lane, Lanes};
 use crate::layer::{Drift, Solved, nearest, solve_input};
 use crate::poor::Poor;
 use crate::run::{LayerClock, Runner};
-use crate::sequential::Lanes;
 use crate::{ExpertPolicy, JobError, QuantSite};
 
-/// Rows of one expert that are handled together.
-const CHUNK: usize = 4096;
+/// Tokens per input channel from which on drift between the streams is made up for.
+const TOKENS_PER_CHANNEL: u64 = 4;
 
 /// Bytes of an expert's intermediate rows that are kept from its statistics to its outputs.
 const KEPT: usize = 256 << 20;
@@ -67,50 +68,6 @@ impl Expert {
             Self::Routed(e) => routing.rows(e),
         }
     }
-}
-
-/// Rows and the weights of their outputs.
-type Members = (Vec<u32>, Vec<f32>);
-
-/// Rows of one expert in either stream.
-#[derive(Debug, Default, PartialEq)]
-struct Chunk {
-    /// All of them, in order.
-    rows: Vec<u32>,
-    /// Places in `rows` of those that the float model's router sends, with their weights.
-    float: Members,
-    /// The same of the quantized model.
-    coded: Members,
-}
-
-impl Chunk {
-    fn rows_at(&self, places: &[u32]) -> Vec<u32> {
-        places.iter().map(|place| self.rows[*place as usize]).collect()
-    }
-}
-
-/// Both routers' rows of one expert, merged and cut.
-fn chunks(float: &Members, coded: &Members) -> Vec<Chunk> {
-    let (mut f, mut c) = (0, 0);
-    let mut chunks = vec![Chunk::default()];
-    while f < float.0.len() || c < coded.0.len() {
-        let row = [float.0.get(f), coded.0.get(c)].into_iter().flatten().min().copied().unwrap_or_default();
-        if chunks.last().is_none_or(|chunk| chunk.rows.len() == CHUNK) {
-            chunks.push(Chunk::default());
-        }
-        let Some(chunk) = chunks.last_mut() else { break };
-        let place = chunk.rows.len() as u32;
-        chunk.rows.push(row);
-        for (at, from, to) in [(&mut f, float, &mut chunk.float), (&mut c, coded, &mut chunk.coded)] {
-            if from.0.get(*at) == Some(&row) {
-                to.0.push(place);
-                to.1.push(from.1[*at]);
-                *at += 1;
-            }
-        }
-    }
-    chunks.retain(|chunk| !chunk.rows.is_empty());
-    chunks
 }
 
 /// Both streams at the experts' input.
@@ -211,7 +168,7 @@ impl Runner<'_> {
         let normed = [store("experts-in")?, store("experts-in-quantized")?];
         let routing = [Routing::empty(moe.top_k), Routing::empty(moe.top_k)];
         let mut state = (lanes, Stage { normed, routing, hidden, tokens: windows * self.plan.seqlen });
-        let side = |block: &Block, lane: &crate::sequential::Lane, (first, count): (usize, usize)| {
+        let side = |block: &Block, lane: &Lane, (first, count): (usize, usize)| {
             let rows = count * self.plan.seqlen;
             let width = lane.heads.window_values() / self.plan.seqlen.max(1);
             let residual = lane.residual.tensor((first, count), &[rows, hidden], &self.plan.device)?;
@@ -291,7 +248,10 @@ impl Work<'_> {
             _ => {
                 let Some(width) = sites.first().map(|site| site.in_features) else { return Ok(Vec::new()) };
                 let stats = self.statistics(original, coded, width, mid, kept)?;
-                solve_input(&weights, stats.input.gram(), Drift::Inputs(stats.cross()), plan)?
+                // Fitted on few tokens, a target follows their noise.
+                let enough = stats.input.tokens >= TOKENS_PER_CHANNEL * width as u64;
+                let drift = if enough { Drift::Inputs(stats.cross()) } else { Drift::None };
+                solve_input(&weights, stats.input.gram(), drift, plan)?
             }
         };
         for solved in &mut solved {
@@ -398,28 +358,4 @@ pub(crate) fn weighted_rows(x: Tensor, factors: Option<&[f32]>) -> Result<Tensor
     let Some(factors) = factors else { return Ok(x) };
     let column = tensor(factors.to_vec(), &[factors.len(), 1], x.device())?;
     Ok(x.broadcast_mul(&column).map_err(lite_decoder::DecoderError::from)?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn both_routers_rows_are_merged() {
-        let float = (vec![1, 4, 9], vec![0.1, 0.4, 0.9]);
-        let coded = (vec![0, 4], vec![0.5, 0.6]);
-        let found = chunks(&float, &coded);
-        let wanted = Chunk {
-            rows: vec![0, 1, 4, 9],
-            float: (vec![1, 2, 3], vec![0.1, 0.4, 0.9]),
-            coded: (vec![0, 2], vec![0.5, 0.6]),
-        };
-        assert_eq!(found, [wanted]);
-        assert_eq!(found[0].rows_at(&found[0].coded.0), [0, 4]);
-        let none = (vec![], vec![]);
-        assert_eq!(chunks(&none, &none), []);
-        let every: Members = ((0..CHUNK as u32 + 5).collect(), vec![1.0; CHUNK + 5]);
-        let cut = chunks(&every, &none);
-        assert_eq!(cut.iter().map(|c| (c.rows.len(), c.coded.0.len())).collect::<Vec<_>>(), [(CHUNK, 0), (5, 0)]);
-    }
 }

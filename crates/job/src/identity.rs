@@ -141,8 +141,13 @@ pub fn same_identity(planned: &BTreeMap<String, String>, found: &BTreeMap<String
 pub(crate) fn differences(old: &Identity, new: &Identity) -> Vec<String> {
     let names: std::collections::BTreeSet<&String> = old.keys().chain(new.keys()).collect();
     let shown = |value: Option<&String>| value.map_or_else(|| "nothing".to_owned(), |v| lite_model::printable(v));
-    let differs = names.into_iter().filter(|name| old.get(*name) != new.get(*name));
+    let mut differs: Vec<&String> = names.into_iter().filter(|name| old.get(*name) != new.get(*name)).collect();
+    // Its digest follows from the others, and says nothing to a reader.
+    if differs.len() > 1 {
+        differs.retain(|name| *name != "plan");
+    }
     differs
+        .into_iter()
         .map(|name| format!("{}: {} → {}", lite_model::printable(name), shown(old.get(name)), shown(new.get(name))))
         .collect()
 }

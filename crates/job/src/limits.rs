@@ -32,10 +32,12 @@ pub(crate) fn fit_memory(
     warnings: &mut Vec<String>,
 ) -> Result<(), JobError> {
     let limit = recipe.max_memory.or_else(available_memory);
-    if limit.is_some_and(|limit| memory.peak() > limit) {
+    // The estimate is good to a tenth or so: what costs little is given up before the budget is reached.
+    let tight = |memory: &MemoryEstimate| limit.is_some_and(|limit| memory.peak() + memory.peak() / 10 > limit);
+    if tight(memory) {
         memory.middle = 0;
     }
-    if limit.is_some_and(|limit| memory.peak() > limit) && memory.hidden > 0 {
+    if tight(memory) && memory.hidden > 0 {
         memory.spooled = true;
     }
     if let Some(limit) = recipe.max_memory

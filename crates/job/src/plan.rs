@@ -146,7 +146,7 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
 
 /// The decoder that `config.json` describes, all of its tensors there.
 pub(crate) fn known_decoder(checkpoint: &Checkpoint) -> Result<DecoderSpec, DecoderError> {
-    let spec = DecoderSpec::from_config(checkpoint.config())?;
+    let spec = DecoderSpec::of(checkpoint)?;
     let rename = stored_embedding(checkpoint, &spec);
     spec.check_tensors(&|name| {
         let stored = rename.as_ref().filter(|(asked, _)| asked == name).map_or(name, |(_, stored)| stored);

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lite_decoder::{DecoderSpec, Fold, Producer};
+use lite_decoder::{DecoderSpec, Fold, Producer, WrapperInfo};
 use lite_model::{Checkpoint, Dtype, OutputTensor, printable};
 use lite_pack::Layout;
 use lite_pack::targets::SiteFacts;
@@ -114,6 +114,11 @@ pub(crate) fn ignored_linears(checkpoint: &Checkpoint, spec: Option<&DecoderSpec
         if info.shape.len() == 2 && !quantized.contains(module) && !is_embedding {
             ignored.insert(module.to_owned());
         }
+    }
+    // transformers asks for these by the names that models around decoders have in memory.
+    if let Some(wrapper) = WrapperInfo::of(checkpoint.config()) {
+        let renamed: Vec<String> = ignored.iter().filter_map(|module| wrapper.in_memory(module)).collect();
+        ignored.extend(renamed);
     }
     ignored.into_iter().collect()
 }

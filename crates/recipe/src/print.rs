@@ -77,7 +77,7 @@ pub(crate) fn job(recipe: &Recipe, gates: &[Gate]) -> Job {
             KvCacheScheme::Fp8Tensor => KvCacheName::Fp8,
             KvCacheScheme::Fp8Head => KvCacheName::Fp8Head,
         }),
-        experts: (recipe.experts != ExpertSettings::default()).then(|| Experts {
+        experts: (recipe.experts != ExpertSettings::default()).then_some(Experts {
             min_tokens: Some(recipe.experts.min_tokens),
             policy: Some(match recipe.experts.policy {
                 ExpertPolicy::Weighted => ExpertPolicyName::Weighted,

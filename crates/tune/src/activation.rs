@@ -41,7 +41,7 @@ impl Nonlinearity {
 }
 
 /// `2 · √(2/π)`
-const TWICE: f32 = 1.595_769_1;
+const TWICE: f32 = 1.595_769_2;
 const CUBIC: f32 = 0.044_715;
 
 /// SiLU and its slope.

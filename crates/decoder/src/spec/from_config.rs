@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use lite_model::Checkpoint;
 use serde_json::{Map, Value};
 
 use super::config::Section;
@@ -41,6 +42,14 @@ impl DecoderSpec {
         let embed = format!("{}.weight", place.family.names.embed);
         let style = place.styles.iter().find(|style| contains(&style.name(&embed))).or(place.styles.first());
         Self::read(&place, style.copied().unwrap_or(Style::Alone))
+    }
+
+    /// The decoder of an open checkpoint.
+    ///
+    /// # Errors
+    /// As [`DecoderSpec::from_config`].
+    pub fn of(checkpoint: &Checkpoint) -> Result<Self, DecoderError> {
+        Self::from_config_for(checkpoint.config(), &|name| checkpoint.info(name).is_some())
     }
 
     fn read(place: &Place, style: Style) -> Result<Self, DecoderError> {

@@ -1,6 +1,8 @@
 //! Models that hold a decoder beside other parts: vision-language models. Their decoder is that of a known family, described
 //! in a section of config.json, under names of their own; everything else of them is nobody's business here.
 
+use serde_json::{Map, Value};
+
 use super::config::Section;
 use super::families::{FamilyInfo, by_architecture, family};
 use crate::DecoderError;
@@ -22,6 +24,29 @@ pub struct WrapperInfo {
     family: Option<&'static str>,
     /// How the decoder's tensors may be called, the way they are published first.
     styles: &'static [Style],
+}
+
+impl WrapperInfo {
+    /// The model around a decoder that config.json describes, if it is a known one.
+    pub fn of(config: &Map<String, Value>) -> Option<&'static Self> {
+        let name = config.get("architectures").and_then(|names| names.get(0)?.as_str());
+        WRAPPERS.iter().find(|wrapper| Some(wrapper.architecture) == name)
+    }
+
+    /// What transformers 5 calls `module` of the checkpoint in memory, where that is another name.
+    pub fn in_memory(&self, module: &str) -> Option<String> {
+        if !self.styles.contains(&Style::Inside) || module.starts_with("model.language_model.") {
+            return None;
+        }
+        match module.strip_prefix("language_model.").unwrap_or(module) {
+            "lm_head" => (module != "lm_head").then(|| "lm_head".to_owned()),
+            own => match own.strip_prefix("model.") {
+                Some(visual) if visual.starts_with("visual.") => None,
+                Some(rest) => Some(format!("model.language_model.{rest}")),
+                None => Some(format!("model.{own}")),
+            },
+        }
+    }
 }
 
 /// How the names of a decoder differ from those it has alone.
@@ -172,6 +197,14 @@ impl<'a> Place<'a> {
             Some(family) => family,
             None => family(&inner)?,
         };
+        if let (Some(found), true) = (inner.text("model_type")?, wrapper.family.is_some() && outer.is_some())
+            && found != family.model_type
+            && found.strip_suffix("_text") != Some(wrapper.model_type)
+        {
+            return Err(
+                inner.unsupported("model_type", &format!("`{}_text` in {}", wrapper.model_type, wrapper.architecture))
+            );
+        }
         let sizes = outer.and_then(|_| default_sizes(family.architecture));
         Ok(Self { family, config: inner, outer, sizes, styles: wrapper.styles })
     }
@@ -188,6 +221,22 @@ impl<'a> Place<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_in_memory_are_those_of_transformers() {
+        let of = |index: usize, module: &str| WRAPPERS[index].in_memory(module);
+        let wanted = |name: &str| Some(name.to_owned());
+        assert_eq!(of(1, "visual.blocks.0.attn.qkv"), wanted("model.visual.blocks.0.attn.qkv"));
+        assert_eq!(of(1, "model.layers.1.mlp.up_proj"), wanted("model.language_model.layers.1.mlp.up_proj"));
+        assert_eq!((of(1, "lm_head"), of(2, "model.visual.merger.linear_fc1")), (None, None));
+        assert_eq!(
+            of(3, "language_model.model.layers.0.mlp.up_proj"),
+            wanted("model.language_model.layers.0.mlp.up_proj")
+        );
+        assert_eq!(of(3, "vision_tower.head.mlp.fc1"), wanted("model.vision_tower.head.mlp.fc1"));
+        assert_eq!(of(6, "language_model.lm_head"), wanted("lm_head"));
+        assert_eq!(of(4, "mlp1.1"), None, "transformers does not have this model");
+    }
 
     #[test]
     fn names_follow_the_style() {

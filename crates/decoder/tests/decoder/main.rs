@@ -12,3 +12,4 @@ mod logits;
 mod published;
 mod source;
 mod support_table;
+mod wrappers;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use lite_decoder::{DecoderError, DecoderSpec, FAMILIES};
+use lite_decoder::{DecoderError, DecoderSpec, FAMILIES, WRAPPERS};
 use serde_json::{Map, Value};
 
 use crate::fixture::{object, root};
@@ -151,6 +151,33 @@ fn deepseek_v3_layer(config: &Map<String, Value>, layer: usize) -> Vec<(String, 
     out
 }
 
+/// Whether the file describes a model around a decoder that is known.
+fn is_wrapper(config: &Map<String, Value>) -> bool {
+    let name = config.get("architectures").and_then(|a| a[0].as_str());
+    name.is_some_and(|name| WRAPPERS.iter().any(|wrapper| wrapper.architecture == name))
+}
+
+#[test]
+fn decoders_inside_published_models_are_found() {
+    let mut tested = 0;
+    for path in configs() {
+        let config = object(&path);
+        if !is_wrapper(&config) {
+            continue;
+        }
+        let spec = DecoderSpec::from_config(&config).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let text =
+            ["text_config", "llm_config"].iter().find_map(|key| config.get(*key)?.as_object()).unwrap_or(&config);
+        assert_eq!(spec.blocks.len(), number(text, "num_hidden_layers"), "{}", path.display());
+        assert_eq!((spec.hidden, spec.vocab), (number(text, "hidden_size"), number(text, "vocab_size")));
+        assert!(
+            spec.tensors().iter().all(|need| need.name.contains("language_model") || need.name == "lm_head.weight")
+        );
+        tested += 1;
+    }
+    assert!(tested > 2 || configs().is_empty(), "{tested}");
+}
+
 fn is_known(config: &Map<String, Value>) -> bool {
     match config.get("architectures").and_then(|a| a[0].as_str()) {
         Some(name) => FAMILIES.iter().any(|f| f.architecture == name),
@@ -189,7 +216,7 @@ fn specs_name_the_published_tensors() {
 fn other_architectures_are_named_in_the_error() {
     for path in configs() {
         let config = object(&path);
-        if !config.contains_key("architectures") || is_known(&config) {
+        if !config.contains_key("architectures") || is_known(&config) || is_wrapper(&config) {
             continue;
         }
         let name = config["architectures"][0].as_str().unwrap();

@@ -33,7 +33,7 @@ impl EvalModel {
     /// Broken files, an architecture or a quantization that is not known, tensors that are missing.
     pub fn open(dir: &Path) -> Result<Self, RuntimeError> {
         let checkpoint = Checkpoint::open(dir)?;
-        let spec = DecoderSpec::from_config(checkpoint.config())?;
+        let spec = DecoderSpec::of(&checkpoint)?;
         // A config that is understood says more than the tensors do: of activations, of the cache. Codes under one that
         // is not are still values.
         let files = match detect(checkpoint.config()) {

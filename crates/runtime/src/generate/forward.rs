@@ -5,6 +5,7 @@ use lite_decoder::{DecoderError, GqaSpec, InputId, InputTransform, KvPart, MlpSp
 use super::attention::attend;
 use super::cache::BlockCache;
 use super::linear::multiply;
+use super::mixture;
 use super::model::{ResidentBlock, gqa};
 use super::norm::Norm;
 use super::ops::{Rotation, activate, add, gated, gated_stacked, scale};
@@ -180,6 +181,11 @@ impl ResidentModel {
             add_to(x, linear.forward(&out), &block.attn_out_norm);
         }
         let mut normed = normed_by(&block.mlp_norm, x);
+        if spec.moe().is_some() {
+            let engine = |stream, values: &mut [f32], width| Ok(seen(stream, values, width)?);
+            add_to(x, mixture::forward(spec, block, &normed, self.spec.hidden, &engine)?, &block.mlp_out_norm);
+            return finite(index, x);
+        }
         seen(Stream::MlpIn, &mut normed, self.spec.hidden)?;
         let mut parts: Vec<Vec<f32>> =
             block.reading(Stream::MlpIn).map(|(_, linear)| linear.forward(&normed)).collect();
@@ -199,14 +205,18 @@ impl ResidentModel {
         for (_, linear) in block.reading(Stream::MlpMid) {
             add_to(x, linear.forward(&middle), &block.mlp_out_norm);
         }
-        if x.iter().all(|v| v.is_finite()) {
-            return Ok(());
-        }
-        Err(RuntimeError::NotFinite { block: index, which: "loaded" })
+        finite(index, x)
     }
 }
 
-fn no_part(block: usize, what: &str) -> RuntimeError {
+fn finite(block: usize, x: &[f32]) -> Result<(), RuntimeError> {
+    if x.iter().all(|v| v.is_finite()) {
+        return Ok(());
+    }
+    Err(RuntimeError::NotFinite { block, which: "loaded" })
+}
+
+pub(super) fn no_part(block: usize, what: &str) -> RuntimeError {
     DecoderError::Input { reason: format!("block {block} has no {what} that generation knows") }.into()
 }
 

@@ -1,6 +1,6 @@
 //! How much memory a checkpoint needs for generation, from its headers alone.
 
-use lite_decoder::{AttnSpec, DecoderSpec};
+use lite_decoder::{AttnSpec, DecoderSpec, Role};
 use lite_kernels::{ElementType, Matrix};
 use lite_model::Dtype;
 use lite_quant::WeightScheme;
@@ -40,6 +40,12 @@ impl MemoryNeed {
         }
         for site in spec.sites() {
             need.add(files, &format!("{}.weight", site.module), site.out_features, site.in_features);
+        }
+        for moe in spec.blocks.iter().filter_map(|block| block.moe()) {
+            need.add(files, &moe.router.weight, moe.experts, spec.hidden);
+            for gate in moe.shared.iter().filter_map(|shared| shared.gate.as_ref()) {
+                need.add(files, gate, 1, spec.hidden);
+            }
         }
         need
     }
@@ -91,7 +97,9 @@ fn work(spec: &DecoderSpec, prompt: usize, total: usize) -> u64 {
     let tokens = prompt.clamp(1, CHUNK);
     // Outputs of all linears of the widest block stand for what is alive between them, and the residual beside them.
     let block = |block: &lite_decoder::BlockSpec| -> u64 {
-        let widths = block.sites.iter().map(|site| site.out_features as u64 + site.in_features as u64);
+        // Routed experts run one after the other.
+        let alive = block.sites.iter().filter(|site| !matches!(site.id.role, Role::Expert(1.., _)));
+        let widths = alive.map(|site| site.out_features as u64 + site.in_features as u64);
         widths.fold(2 * spec.hidden as u64, u64::saturating_add)
     };
     let widest = spec.blocks.iter().map(block).max().unwrap_or(0);

@@ -15,6 +15,7 @@ mod cache;
 mod forward;
 mod linear;
 mod memory;
+mod mixture;
 mod model;
 mod norm;
 mod ops;

@@ -3,13 +3,14 @@
 use std::path::Path;
 
 use lite_decoder::{
-    AttnSpec, BlockSpec, DecoderError, DecoderSpec, GqaSpec, LATENT_ATTENTION, MlpSpec, NormSpec, QkvLayout, Role,
-    Stream, WeightSource,
+    AttnSpec, BlockSpec, DecoderError, DecoderSpec, GqaSpec, LATENT_ATTENTION, NormSpec, QkvLayout, Role, Stream,
+    WeightSource,
 };
 use lite_kernels::Matrix;
 use lite_quant::Weights;
 
 use super::linear::Linear;
+use super::mixture::Mixture;
 use super::norm::Norm;
 use super::stop;
 use crate::eval::EvalModel;
@@ -44,6 +45,8 @@ pub(super) struct ResidentBlock {
     pub(super) mlp_out_norm: Option<Norm>,
     pub(super) q_norm: Option<Norm>,
     pub(super) k_norm: Option<Norm>,
+    /// Where the feed-forward has experts.
+    pub(super) mixture: Option<Mixture>,
 }
 
 /// The weight of a packed linear `[n, k]` by module name; `None`: it is not packed.
@@ -127,15 +130,29 @@ impl ResidentModel {
         &self.spec
     }
 
-    /// Bytes of weights that decoding one token reads: all matrices but the embedding's other rows.
+    /// Bytes of weights that decoding one token reads: all matrices but the embedding's other rows and the experts that
+    /// the token does not pass through.
     pub fn decode_bytes(&self) -> usize {
-        let linears = self.blocks.iter().flat_map(|block| &block.linears);
-        linears.map(|(_, _, linear)| linear.weight.bytes()).sum::<usize>() + self.head().bytes()
+        self.linear_bytes(|block| block.moe().map_or((1, 1), |moe| (moe.top_k, moe.experts))) + self.head().bytes()
+    }
+
+    /// Bytes of all linears inside blocks, of routed experts the share that `used` says.
+    fn linear_bytes(&self, used: impl Fn(&BlockSpec) -> (usize, usize)) -> usize {
+        let of_block = |(spec, block): (&BlockSpec, &ResidentBlock)| {
+            let (part, whole) = used(spec);
+            let bytes = |(role, _, linear): &(Role, Stream, Linear)| match role {
+                Role::Expert(..) => linear.weight.bytes() * part / whole.max(1),
+                _ => linear.weight.bytes(),
+            };
+            block.linears.iter().map(bytes).sum::<usize>() + block.mixture.as_ref().map_or(0, Mixture::bytes)
+        };
+        self.spec.blocks.iter().zip(&self.blocks).map(of_block).sum()
     }
 
     /// Bytes of all matrices.
     pub fn weight_bytes(&self) -> usize {
-        self.decode_bytes() + if self.head.is_some() { self.embed.bytes() } else { 0 }
+        let others = if self.head.is_some() { self.embed.bytes() } else { 0 };
+        self.linear_bytes(|_| (1, 1)) + self.head().bytes() + others
     }
 
     pub(super) fn head(&self) -> &Matrix {
@@ -146,9 +163,6 @@ impl ResidentModel {
 impl ResidentBlock {
     fn load(spec: &BlockSpec, hidden: usize, loader: &Loader) -> Result<Self, RuntimeError> {
         let attn = gqa(spec)?;
-        if !matches!(spec.mlp, MlpSpec::Gated(_) | MlpSpec::Plain(_)) {
-            return Err(unimplemented(spec, "experts"));
-        }
         if attn.norm_all_heads && attn.qkv != QkvLayout::Separate {
             return Err(unsupported(spec, "norm over heads"));
         }
@@ -160,8 +174,10 @@ impl ResidentBlock {
         }
         let norm = |norm: &Option<NormSpec>, width| norm.as_ref().map(|n| loader.norm(n, width)).transpose();
         let [q_width, k_width] = attn.norm_widths();
+        let mixture = spec.moe().map(|moe| Mixture::load(moe, hidden, loader)).transpose()?;
         Ok(Self {
             linears,
+            mixture,
             attn_norm: norm(&spec.norms.attn, hidden)?,
             attn_out_norm: norm(&spec.norms.attn_out, hidden)?,
             mlp_norm: norm(&spec.norms.mlp, hidden)?,
@@ -169,6 +185,11 @@ impl ResidentBlock {
             q_norm: norm(&attn.q_norm, q_width)?,
             k_norm: norm(&attn.k_norm, k_width)?,
         })
+    }
+
+    /// The linear of this role.
+    pub(super) fn linear(&self, role: Role) -> Option<&Linear> {
+        self.linears.iter().find(|(r, _, _)| *r == role).map(|(_, _, linear)| linear)
     }
 
     /// The linears that read `stream`, in order.
@@ -198,7 +219,7 @@ fn unsupported(spec: &BlockSpec, what: &str) -> RuntimeError {
 }
 
 /// Where tensors come from.
-struct Loader<'a> {
+pub(super) struct Loader<'a> {
     source: &'a dyn WeightSource,
     packed: Packed<'a>,
 }
@@ -213,7 +234,7 @@ impl Loader<'_> {
         Err(DecoderError::Tensor { tensor: name.to_owned(), reason }.into())
     }
 
-    fn vector(&self, name: &str, width: usize) -> Result<Vec<f32>, RuntimeError> {
+    pub(super) fn vector(&self, name: &str, width: usize) -> Result<Vec<f32>, RuntimeError> {
         self.values(name, &[width])
     }
 
@@ -237,7 +258,7 @@ impl Loader<'_> {
         Matrix::from_f32(n, k, &values).map_err(|source| RuntimeError::Matrix { tensor: head.weight.clone(), source })
     }
 
-    fn matrix(&self, name: &str, n: usize, k: usize) -> Result<Matrix, RuntimeError> {
+    pub(super) fn matrix(&self, name: &str, n: usize, k: usize) -> Result<Matrix, RuntimeError> {
         let module = name.strip_suffix(".weight").unwrap_or(name);
         let matrix = match (self.packed)(module, n, k)? {
             Some(Weights::Int(q)) => Matrix::from_codes(q.scheme.bits, n, k, &q.codes, &q.scales, &q.zeros),

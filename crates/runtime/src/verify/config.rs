@@ -12,7 +12,7 @@ use crate::inspect::is_kv_scale;
 
 /// The decoder that the config describes.
 pub(super) fn decoder(checkpoint: &Checkpoint, findings: &mut Findings) -> Option<DecoderSpec> {
-    match DecoderSpec::from_config(checkpoint.config()) {
+    match DecoderSpec::of(checkpoint) {
         Ok(spec) => Some(spec),
         Err(error @ (DecoderError::UnknownArchitecture { .. } | DecoderError::UnclearArchitecture { .. })) => {
             let message = format!("{error}; tensors are judged by their names, and missing ones are not noticed");

@@ -133,8 +133,7 @@ fn check_router(
         energy += wanted * wanted;
     }
     let relative = (error / energy.max(f64::MIN_POSITIVE)).sqrt();
-    // Written so that NaN fails.
-    if !(relative <= ROUTER_TOLERANCE) {
+    if relative.is_nan() || relative > ROUTER_TOLERANCE {
         let message = format!(
             "is off by {:.2} % from the original's times what the norm before it was divided by: tokens go to other \
              experts; quantize again with a tool that rescales routers, or without scales",
@@ -177,9 +176,11 @@ fn between(
         );
         findings.error("fold-inconsistent", Some(maker), message);
     }
-    let moved = |value: f32| usable(value) && value.ln().abs() > 0.05;
-    let active = by_columns.iter().filter(|ratio| moved(**ratio)).count();
-    if 5 * active < by_columns.len() {
+    let moved = |value: f32, by: f32| usable(value) && value.ln().abs() > by;
+    let active = by_columns.iter().filter(|ratio| moved(**ratio, 0.05)).count();
+    // A fold of few channels: coarse codes move as many by themselves.
+    let few = 5 * active < by_columns.len();
+    if few && !exact {
         return None;
     }
     // One factor for each row: the geometric mean of what its readers and itself say.
@@ -193,6 +194,10 @@ fn between(
     }
     let factor: Vec<f32> =
         sums.iter().map(|(sum, count)| if *count > 0 { (sum / f64::from(*count)).exp() as f32 } else { 1.0 }).collect();
+    let factor: Vec<f32> = factor.into_iter().map(|f| if few && !moved(f, 0.01) { 1.0 } else { f }).collect();
+    if factor.iter().all(|f| *f == 1.0) {
+        return None;
+    }
     let columns = (0..by_columns.len()).map(|c| factor.get(rows[c] as usize).copied().unwrap_or(1.0)).collect();
     Some((factor.iter().map(|f| 1.0 / f).collect(), columns))
 }

@@ -31,7 +31,7 @@ impl Original {
     /// Opens the original; as a decoder where the judged checkpoint is one.
     pub(super) fn open(dir: &Path, spec: Option<&DecoderSpec>) -> Result<Self, RuntimeError> {
         let checkpoint = Checkpoint::open(dir)?;
-        let known = DecoderSpec::from_config(checkpoint.config()).is_ok();
+        let known = DecoderSpec::of(&checkpoint).is_ok();
         let model = (spec.is_some() || known).then(|| EvalModel::open(dir)).transpose()?;
         Ok(Self { checkpoint, model })
     }

@@ -1,0 +1,101 @@
+//! Decoders inside vision-language models: found by their section and their names, and equal to transformers' on text.
+
+use std::collections::BTreeSet;
+
+use lite_decoder::{DecoderSpec, ErrorKind, WRAPPERS};
+use serde_json::{Value, json};
+
+use crate::fixture::{Fixture, object, root};
+
+/// Fixture, and the names of embedding and head in it.
+const CASES: &[(&str, &str, &str)] = &[
+    ("gemma3-vision", "language_model.model.embed_tokens.weight", "language_model.lm_head"),
+    ("internvl", "language_model.model.embed_tokens.weight", "language_model.lm_head"),
+    ("llava", "language_model.model.embed_tokens.weight", "language_model.lm_head"),
+    ("qwen2_5-vl", "model.embed_tokens.weight", "lm_head"),
+    ("qwen2_5-vl-sections", "model.embed_tokens.weight", "lm_head"),
+    ("qwen3-vl", "model.language_model.embed_tokens.weight", "lm_head"),
+];
+
+#[test]
+fn logits_of_text_agree_with_transformers() {
+    for (case, embed, head) in CASES {
+        let fixture = Fixture::open_in("wrappers", case);
+        assert_eq!((fixture.spec.embed.weight.as_str(), fixture.spec.head.module.as_str()), (*embed, *head));
+        for batch in &fixture.batches {
+            let logits = fixture.logits(&batch.windows);
+            let worst = logits.iter().zip(&batch.logits).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+            eprintln!("{case:20} largest difference {worst:.1e}");
+            assert!(logits.len() == batch.logits.len() && worst <= 1e-4, "{case}: {worst}");
+        }
+        // What is named is there, once; what is left is the vision part.
+        let needed: BTreeSet<String> = fixture.spec.tensors().into_iter().map(|need| need.name).collect();
+        let left: Vec<&String> = fixture.weights.tensors.keys().filter(|name| !needed.contains(*name)).collect();
+        assert!(needed.iter().all(|name| fixture.weights.tensors.contains_key(name)), "{case}");
+        let vision = ["visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "mlp1."];
+        assert!(
+            !left.is_empty() && left.iter().all(|name| vision.iter().any(|v| name.contains(v))),
+            "{case}: {left:?}"
+        );
+        fixture.spec.check_tensors(&|name| Some(fixture.weights.tensors.get(name)?.0.clone())).unwrap();
+    }
+    let found: BTreeSet<String> = std::fs::read_dir(root().join("tests/fixtures/wrappers"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| !name.ends_with(".md"))
+        .collect();
+    assert_eq!(found, CASES.iter().map(|(case, ..)| (*case).to_owned()).collect());
+}
+
+#[test]
+fn names_are_those_of_the_checkpoint() {
+    let config = object(&root().join("tests/fixtures/wrappers/llava/config.json"));
+    let inside = "model.language_model.embed_tokens.weight";
+    let spec = DecoderSpec::from_config_for(&config, &|name| name == inside).unwrap();
+    assert_eq!((spec.embed.weight.as_str(), spec.head.weight.as_str()), (inside, "lm_head.weight"));
+    assert_eq!(spec.sites().next().unwrap().module, "model.language_model.layers.0.self_attn.q_proj");
+    // As published, where nothing is known of the tensors.
+    assert_eq!(DecoderSpec::from_config(&config).unwrap().head.weight, "language_model.lm_head.weight");
+}
+
+#[test]
+fn sections_may_leave_sizes_to_their_class() {
+    // LLaVA 1.5 and Gemma 3 4B as they are published, shortened.
+    let llava = json!({"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": {
+        "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 4096, "model_type": "llama",
+        "rms_norm_eps": 1e-5, "torch_dtype": "float16", "vocab_size": 32064}, "vision_config": {}});
+    let spec = DecoderSpec::from_config(llava.as_object().unwrap()).unwrap();
+    assert_eq!(
+        (spec.hidden, spec.vocab, spec.blocks.len(), spec.arch.as_str()),
+        (4096, 32_064, 32, "LlamaForCausalLM")
+    );
+    let gemma = json!({"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
+        "torch_dtype": "bfloat16", "text_config": {"hidden_size": 2560, "intermediate_size": 10240,
+        "model_type": "gemma3_text", "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024}, "vision_config": {}});
+    let spec = DecoderSpec::from_config(gemma.as_object().unwrap()).unwrap();
+    assert_eq!((spec.hidden, spec.vocab, spec.blocks.len(), spec.head.tied), (2560, 262_208, 34, true));
+    // √2560 as bfloat16 has it.
+    assert_eq!(spec.embed.scale, 50.5);
+}
+
+#[test]
+fn a_section_that_is_not_there_is_named() {
+    for wrapper in WRAPPERS {
+        let config = json!({"architectures": [wrapper.architecture], "model_type": wrapper.model_type});
+        let error = DecoderSpec::from_config(config.as_object().unwrap()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Input, "{error}");
+        let message = error.to_string();
+        assert!(["text_config", "llm_config", "hidden_size"].iter().any(|key| message.contains(key)), "{message}");
+        let mut config = config;
+        for key in ["text_config", "llm_config"] {
+            config[key] = json!({"architectures": ["MambaForCausalLM"], "model_type": "mamba"});
+        }
+        assert!(DecoderSpec::from_config(config.as_object().unwrap()).is_err());
+        config["text_config"] = Value::from(7);
+        config["llm_config"] = Value::from(7);
+        assert!(
+            DecoderSpec::from_config(config.as_object().unwrap()).unwrap_err().to_string().contains("_config` is 7")
+        );
+    }
+}

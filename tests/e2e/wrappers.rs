@@ -1,0 +1,60 @@
+//! Vision-language models: the decoder is quantized, everything else passes through byte for byte under its name.
+
+use super::families::{CALIBRATION, ok, write_tokenizer};
+use super::support::*;
+
+#[test]
+fn the_decoder_is_quantized_and_the_rest_is_untouched() {
+    let mut ran = 0;
+    for entry in std::fs::read_dir(root().join("tests/fixtures/wrappers")).unwrap() {
+        let fixture = entry.unwrap().path();
+        if !fixture.join("config.json").exists() {
+            continue;
+        }
+        let copy = copy_of(&fixture);
+        std::fs::remove_file(copy.path().join("expected.safetensors")).unwrap();
+        write_tokenizer(copy.path(), 64);
+        let name = fixture.display();
+        let before = tensors(copy.path());
+        let is_text = |name: &str| {
+            name.starts_with("model.layers")
+                || name.contains("language_model")
+                || ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"].contains(&name)
+        };
+        let dir = tempfile::tempdir().unwrap();
+        for (verb, layout, suffix) in
+            [("auto_awq", "awq", "qweight"), ("auto_gptq", "compressed-tensors", "weight_packed")]
+        {
+            let out = dir.path().join(verb);
+            let flags = ["--w-group-size", "16", "--layout", layout, "--eval-samples", "2"];
+            ok(lite().arg(verb).arg(copy.path()).arg("--work-dir").arg(&out).args(CALIBRATION).args(flags));
+            ok(lite().arg("verify").arg(&out).arg("--against").arg(copy.path()));
+            let after = tensors(&out);
+            let vision: Vec<&String> = before.keys().filter(|name| !is_text(name)).collect();
+            assert!(vision.len() > 5, "{name}");
+            for tensor in &vision {
+                let (a, b) = (&before[*tensor], &after[*tensor]);
+                assert!(a.data == b.data && a.dtype == b.dtype && a.shape == b.shape, "{name}: {tensor}");
+            }
+            let packed = after.keys().filter(|tensor| tensor.ends_with(suffix)).count();
+            assert_eq!(packed, 2 * 7, "{name}");
+            assert!(after.keys().filter(|tensor| tensor.ends_with(suffix)).all(|tensor| is_text(tensor)), "{name}");
+            // Engines are told of every vision linear; convolutions are none.
+            let config = config(&out);
+            let quantization = &config["quantization_config"];
+            let ignored =
+                quantization["modules_to_not_convert"].as_array().or(quantization["ignore"].as_array()).unwrap();
+            for tensor in vision.iter().filter(|tensor| before[**tensor].shape.len() == 2) {
+                let Some(module) = tensor.strip_suffix(".weight") else { continue };
+                assert!(ignored.iter().any(|entry| entry == module), "{name}: {module} is not in {ignored:?}");
+            }
+            // The rest of config.json is the original's.
+            let original = super::support::config(copy.path());
+            for key in ["architectures", "vision_config", "text_config", "llm_config"] {
+                assert_eq!(config.get(key), original.get(key), "{name}: {key}");
+            }
+        }
+        ran += 1;
+    }
+    assert!(ran >= 6, "only {ran} models were found");
+}
