@@ -156,6 +156,14 @@ const CASES: &[Case] = &[
         says: &[DOWN, "NaN"],
     },
     Case {
+        name: "a weight whose scale does not fit float16",
+        // About 1e30.
+        damage: |dir| edit_tensor(dir, DOWN, |raw| raw.data[10..12].copy_from_slice(&[0x49, 0x71])),
+        flags: &["--calib-samples", "0", "--dtype", "float16"],
+        code: 3,
+        says: &["model.layers.3.mlp.down_proj", "1 of its scales", "--dtype bfloat16"],
+    },
+    Case {
         name: "Inf in the embedding",
         damage: |dir| {
             edit_tensor(dir, "model.embed_tokens.weight", |raw| raw.data[10..12].copy_from_slice(&[0x80, 0x7f]));

@@ -58,3 +58,22 @@ fn the_decoder_is_quantized_and_the_rest_is_untouched() {
     }
     assert!(ran >= 6, "only {ran} models were found");
 }
+
+#[test]
+fn a_vision_tower_that_is_declared_must_be_there() {
+    let copy = copy_of(&root().join("tests/fixtures/wrappers/llava"));
+    std::fs::remove_file(copy.path().join("expected.safetensors")).unwrap();
+    write_tokenizer(copy.path(), 64);
+    let mut left = tensors(copy.path());
+    left.retain(|name, _| name.contains("language_model") || name.starts_with("lm_head"));
+    assert!(left.len() > 10);
+    write_tensors(copy.path(), &left, &[("format", "pt")]);
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    for verb in ["auto_awq", "auto_gptq"] {
+        let output = lite().arg(verb).arg(copy.path()).arg("--work-dir").arg(&out).args(CALIBRATION).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(3), "{stderr}");
+        assert!(stderr.contains("`vision_config`") && stderr.contains("no tensor besides"), "{stderr}");
+    }
+}

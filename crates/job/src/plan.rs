@@ -15,7 +15,7 @@ use crate::limits::{
     check_solver, device, fit_disk, fit_memory,
 };
 use crate::rows::{
-    architecture, choose_layout, exact_folds, ignored_linears, output_dtype, plain_dtype, plan_tensors,
+    architecture, check_towers, choose_layout, exact_folds, ignored_linears, output_dtype, plain_dtype, plan_tensors,
     rescaled_tensors, site_facts,
 };
 use crate::schemes::{common, layout_scale_dtype, needs_windows};
@@ -222,6 +222,9 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
         }
         Err(error) => return Err(error.into()),
     };
+    if let Some(spec) = &spec {
+        check_towers(checkpoint, spec)?;
+    }
     let arch = architecture(config);
     let plain = plain_dtype(checkpoint);
     let (scale_dtype, dtype) = output_dtype(recipe.dtype, plain);

@@ -123,6 +123,27 @@ pub(crate) fn ignored_linears(checkpoint: &Checkpoint, spec: Option<&DecoderSpec
     ignored.into_iter().collect()
 }
 
+/// A model around a decoder must hold more than the decoder where its config.json says so.
+///
+/// # Errors
+/// [`JobError::Input`] for a vision tower that is declared and absent: engines would load the result and see nothing.
+pub(crate) fn check_towers(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<(), JobError> {
+    let declared = WrapperInfo::of(checkpoint.config()).is_some()
+        && checkpoint.config().get("vision_config").is_some_and(serde_json::Value::is_object);
+    if !declared {
+        return Ok(());
+    }
+    let of_decoder: BTreeSet<String> = spec.tensors().into_iter().map(|tensor| tensor.name).collect();
+    let head = format!("{}.weight", spec.head.module);
+    if checkpoint.names().any(|name| !of_decoder.contains(name) && name != head) {
+        return Ok(());
+    }
+    Err(JobError::Input(
+        "config.json declares a vision tower (`vision_config`), and the checkpoint holds no tensor besides the decoder's; get the missing files, or take `vision_config` out of config.json and name the decoder's own architecture"
+            .to_owned(),
+    ))
+}
+
 /// One row per source tensor, in the order of the source.
 pub(crate) fn plan_tensors(
     checkpoint: &Checkpoint,

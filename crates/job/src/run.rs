@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use lite_model::{Checkpoint, CheckpointWriter, atomic_write, edit_config};
 use lite_pack::PackedTensor;
-use lite_quant::{InputQuantization, Weights};
+use lite_quant::{InputQuantization, ScaleDtype, Weights};
 use lite_runtime::{Engine, QuantizedCheckpoint};
 
 use crate::check::{Expected, check_tensors, compare_models, fingerprint};
@@ -277,6 +277,16 @@ impl Runner<'_> {
             Weights::Int(linear) => &linear.scales,
             Weights::Float(linear) => &linear.scales,
         };
+        let dtype = crate::schemes::scale_dtype(&site.scheme).unwrap_or(ScaleDtype::F32);
+        // Scales saturate; one that did stands for smaller weights than there are.
+        let too_large = scales.iter().filter(|scale| scale.is_nan() || **scale >= dtype.largest()).count();
+        if too_large > 0 {
+            return Err(JobError::Input(format!(
+                "`{}`: {too_large} of its scales are too large for {dtype:?} (largest {:e}); use --dtype bfloat16, or leave it plain with --ignore",
+                lite_model::printable(&site.module),
+                dtype.largest()
+            )));
+        }
         if let Some(target) = self.recipe.target
             && let Some(violation) = lite_pack::targets::check_scales(target, &site.module, scales)
         {
