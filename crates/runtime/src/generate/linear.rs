@@ -4,7 +4,10 @@ use lite_kernels::{MAX_VECTORS, Matrix};
 use lite_linalg::{Mat, Threads, gemm_into};
 
 /// Values of a panel of expanded rows: some megabytes, so that the product reads it from the cache.
-pub(super) const PANEL: usize = 1 << 20;
+pub(super) const PANEL: usize = 1 << 22;
+
+/// So many tokens read the weight as it is stored, [`MAX_VECTORS`] at a time; for more a product of matrices is faster.
+const FEW: usize = 128;
 
 /// A weight `[out, in]` and, maybe, a bias `[out]`.
 #[derive(Debug, Clone)]
@@ -32,8 +35,9 @@ pub(super) fn multiply(weight: &Matrix, x: &[f32]) -> Vec<f32> {
     let (rows, cols) = (weight.rows(), weight.cols());
     let tokens = x.len() / cols;
     let mut out = vec![0f32; tokens * rows];
-    if (1..=MAX_VECTORS).contains(&tokens) {
-        weight.multiply(x, &mut out);
+    if tokens <= FEW {
+        let some = x.chunks(MAX_VECTORS * cols).zip(out.chunks_mut(MAX_VECTORS * rows));
+        some.for_each(|(x, out)| weight.multiply(x, out));
         return out;
     }
     let per_panel = (PANEL / cols).clamp(1, rows);
