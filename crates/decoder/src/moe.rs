@@ -258,7 +258,7 @@ impl Block {
     }
 }
 
-/// Rows of `x`, `(rows, width)`.
+/// Rows of `x` `(tokens, width)`, in the order asked for: `(rows.len(), width)`, also of no rows.
 ///
 /// # Errors
 /// If a row is outside of `x`, or the device fails.
@@ -300,7 +300,10 @@ impl Sum {
     }
 }
 
-/// `sum[rows[i]] += weights[i] · out[i]`.
+/// `sum[rows[i]] += weights[i] · out[i]`: `sum` and `out` are rows of `width` values, f32.
+///
+/// # Panics
+/// If a row is outside of `sum`.
 pub fn scatter(sum: &mut [f32], width: usize, out: &[f32], rows: &[u32], weights: &[f32]) {
     for ((out, row), weight) in out.chunks_exact(width.max(1)).zip(rows).zip(weights) {
         let start = *row as usize * width;
@@ -359,6 +362,17 @@ mod tests {
         let mut sum = vec![1f32; 6];
         scatter(&mut sum, 2, &[1.0, 2.0, 3.0, 4.0], &[2, 0], &[0.5, 2.0]);
         assert_eq!(sum, [7.0, 9.0, 1.0, 1.0, 1.5, 2.0]);
+    }
+
+    #[test]
+    fn rows_are_gathered_in_order_and_none_is_no_error() {
+        let x = Tensor::arange(0f32, 6.0, &candle_core::Device::Cpu).unwrap().reshape((3, 2)).unwrap();
+        assert_eq!(gather(&x, &[2, 0]).unwrap().to_vec2::<f32>().unwrap(), [[4.0, 5.0], [0.0, 1.0]]);
+        let none = gather(&x, &[]).unwrap();
+        assert_eq!(none.dims(), [0, 2]);
+        // An expert that only one of two models sends tokens to.
+        assert_eq!(gather(&none, &[]).unwrap().dims(), [0, 2]);
+        assert!(gather(&x, &[3]).is_err());
     }
 
     #[test]

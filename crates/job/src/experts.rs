@@ -317,7 +317,7 @@ impl Work<'_> {
     /// The square root of the router's score of this expert, for each row of its input.
     fn emphasis(&self, coded: &Block, normed: &Tensor, weighted: bool) -> Result<Option<Vec<f32>>, JobError> {
         let (true, Expert::Routed(e)) = (weighted, self.expert) else { return Ok(None) };
-        Ok(Some(score_roots(coded, normed, e, self.moe.experts)?))
+        Ok(Some(score_roots(&coded.router_scores(normed)?, e, self.moe.experts)))
     }
 
     /// Adds the expert's weighted outputs to both residual streams.
@@ -347,10 +347,9 @@ impl Work<'_> {
     }
 }
 
-/// `√` of the router's scores of one expert, for the rows of `normed`.
-pub(crate) fn score_roots(block: &Block, normed: &Tensor, expert: u32, experts: usize) -> Result<Vec<f32>, JobError> {
-    let scores = block.router_scores(normed)?;
-    Ok(scores.chunks_exact(experts.max(1)).map(|row| row[expert as usize].max(0.0).sqrt()).collect())
+/// `√` of one expert's scores, from those of the router, `[tokens, experts]`.
+pub(crate) fn score_roots(scores: &[f32], expert: u32, experts: usize) -> Vec<f32> {
+    scores.chunks_exact(experts.max(1)).map(|row| row[expert as usize].max(0.0).sqrt()).collect()
 }
 
 /// Rows times factors.

@@ -114,8 +114,9 @@ impl Runner<'_> {
             self.go_on()?;
             let x = self.windows(hidden, first, count, pass.spec.hidden)?;
             let normed = block.feed_forward_input(&x, &pass.rope)?;
+            let scores = block.router_scores(&normed)?;
             for (e, [inputs, middles]) in &mut gathered {
-                let roots = score_roots(block, &normed, *e, moe.experts)?;
+                let roots = score_roots(&scores, *e, moe.experts);
                 inputs.update_tensor(&weighted_rows(normed.clone(), Some(&roots))?)?;
                 middles.update_tensor(&weighted_rows(block.expert_mid(*e, &normed)?, Some(&roots))?)?;
             }
