@@ -28,24 +28,11 @@ fn front_matter(out: &mut String, record: &Record, source: &SourceCard) -> std::
         writeln!(out, "base_model: {}", yaml(base))?;
         writeln!(out, "base_model_relation: quantized")?;
     }
-    let scalars = [
-        ("license", &source.license),
-        ("license_name", &source.license_name),
-        ("license_link", &source.license_link),
-        ("pipeline_tag", &source.pipeline_tag),
-    ];
-    for (key, value) in scalars {
-        if let Some(value) = value {
-            writeln!(out, "{key}: {}", yaml(value))?;
-        }
-    }
+    source.write_terms(out)?;
     if source.pipeline_tag.is_none() && record.model.architecture.ends_with("ForCausalLM") {
         writeln!(out, "pipeline_tag: text-generation")?;
     }
-    if !source.languages.is_empty() {
-        writeln!(out, "language:")?;
-        source.languages.iter().try_for_each(|language| writeln!(out, "- {}", yaml(language)))?;
-    }
+    source.write_languages(out)?;
     if loads(record).any(|engine| engine.engine == "transformers") {
         writeln!(out, "library_name: transformers")?;
     }

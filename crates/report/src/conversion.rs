@@ -56,21 +56,8 @@ fn front_matter(out: &mut String, facts: &Conversion, source: &SourceCard) -> st
             writeln!(out, "base_model_relation: quantized")?;
         }
     }
-    let scalars = [
-        ("license", &source.license),
-        ("license_name", &source.license_name),
-        ("license_link", &source.license_link),
-        ("pipeline_tag", &source.pipeline_tag),
-    ];
-    for (key, value) in scalars {
-        if let Some(value) = value {
-            writeln!(out, "{key}: {}", yaml(value))?;
-        }
-    }
-    if !source.languages.is_empty() {
-        writeln!(out, "language:")?;
-        source.languages.iter().try_for_each(|language| writeln!(out, "- {}", yaml(language)))?;
-    }
+    source.write_terms(out)?;
+    source.write_languages(out)?;
     writeln!(out, "tags:\n- lite\n- converted\n- {}\n---", yaml(&facts.to))
 }
 

@@ -1,6 +1,10 @@
 //! What the source model's own card says, as far as the new card repeats it.
 
+use std::fmt::{Result, Write};
+
 use serde_yaml::Value;
+
+use crate::escape::yaml;
 
 /// Largest front matter that is read, bytes.
 const LARGEST: usize = 64 << 10;
@@ -27,6 +31,30 @@ pub struct SourceCard {
 }
 
 impl SourceCard {
+    /// The licence and the pipeline tag as lines of front matter.
+    pub(crate) fn write_terms(&self, out: &mut String) -> Result {
+        let scalars = [
+            ("license", &self.license),
+            ("license_name", &self.license_name),
+            ("license_link", &self.license_link),
+            ("pipeline_tag", &self.pipeline_tag),
+        ];
+        for (key, value) in scalars {
+            if let Some(value) = value {
+                writeln!(out, "{key}: {}", yaml(value))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The languages as lines of front matter.
+    pub(crate) fn write_languages(&self, out: &mut String) -> Result {
+        if !self.languages.is_empty() {
+            writeln!(out, "language:")?;
+        }
+        self.languages.iter().try_for_each(|language| writeln!(out, "- {}", yaml(language)))
+    }
+
     /// Reads the front matter of a card. What cannot be read is left out: a card is prose, and no reason to stop.
     #[must_use]
     pub fn read(text: &str) -> Self {
