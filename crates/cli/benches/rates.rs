@@ -5,56 +5,16 @@
 //! measured in the same minute. Useful flops only: a Gram update counts one triangle.
 #![allow(clippy::print_stdout, reason = "a benchmark prints its table")]
 
+mod common;
+
 use std::collections::BTreeMap;
-use std::time::Instant;
 
 use candle_core::{Device, Tensor};
-use lite_decoder::{Block, DecoderError, DecoderSpec, NoTap, Rope, WeightSource};
-use lite_linalg::{Mat, Threads, gemm_into, gram_update};
+use lite_decoder::{Block, DecoderSpec, NoTap, Rope};
+use lite_linalg::gram_update;
 use lite_stats::StatsTap;
 
-/// Seeded noise instead of a checkpoint.
-struct Noise(BTreeMap<String, Vec<usize>>);
-
-impl WeightSource for Noise {
-    fn load(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), DecoderError> {
-        let shape = self.0[name].clone();
-        let scale = if shape.len() == 1 { 1.0 } else { 1.0 / (shape[1] as f32).sqrt() };
-        Ok((shape.clone(), noise(shape.iter().product(), scale)))
-    }
-
-    fn contains(&self, name: &str) -> bool {
-        self.0.contains_key(name)
-    }
-}
-
-fn noise(len: usize, scale: f32) -> Vec<f32> {
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    (0..len)
-        .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            ((state >> 40) as f32 / (1u32 << 23) as f32 - 1.0) * scale
-        })
-        .collect()
-}
-
-/// The fastest of `runs`, seconds.
-fn best(runs: usize, mut work: impl FnMut()) -> f64 {
-    (0..runs)
-        .map(|_| {
-            let start = Instant::now();
-            work();
-            start.elapsed().as_secs_f64()
-        })
-        .fold(f64::INFINITY, f64::min)
-}
-
-fn gemm_rate(n: usize) -> f64 {
-    let (a, b) = (noise(n * n, 1.0), noise(n * n, 1.0));
-    let mut c = vec![0f32; n * n];
-    let seconds = best(5, || gemm_into(&mut c, n, 0.0, 1.0, Mat::new(&a, n, n), Mat::new(&b, n, n).t(), Threads::All));
-    2.0 * (n as f64).powi(3) / seconds
-}
+use common::{Noise, best, gemm_rate, noise};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let threads = rayon::current_num_threads();
@@ -73,7 +33,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "hidden_act": "silu",
         });
         let spec = DecoderSpec::from_config(config.as_object().ok_or("an object")?)?;
-        let source = Noise(spec.tensors().into_iter().map(|t| (t.name, t.shape)).collect());
+        let source = Noise::of(&spec);
         let block = Block::load(&spec, 0, &source, &Device::Cpu)?;
         let rope = Rope::new(&spec, tokens, &Device::Cpu)?;
         let x = Tensor::from_vec(noise(windows * tokens * hidden, 1.0), (windows, tokens, hidden), &Device::Cpu)?;

@@ -32,6 +32,7 @@ mod moe;
 mod norm;
 mod ops;
 mod rope;
+mod segments;
 mod source;
 mod spec;
 mod tap;

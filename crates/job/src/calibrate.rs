@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use lite_calib::Windows;
-use lite_decoder::{Block, BlockSpec, DecoderError, DecoderSpec, InputId, NoTap, Rope, Stream, Tap};
+use lite_decoder::{Block, BlockSpec, DecoderError, DecoderSpec, Fold, InputId, NoTap, Rope, Stream, Tap};
 use lite_model::{CheckpointWriter, Dtype};
 use lite_quant::{ScaleDtype, Weights};
 use lite_stats::{BlockStats, StatsTap};
@@ -14,11 +14,11 @@ use crate::check::{Expected, encode_edit};
 use crate::fold::{Edit, missing, round_biased_norms, tensor, to_vec};
 use crate::hidden::HiddenStates;
 use crate::journal::Journal;
-use crate::layer::{Drift, Folded, Solved, fold_block, folded_gram, nearest, solve_input};
-use crate::poor::PoorExperts;
+use crate::layer::{Drift, Folded, Solved, fold_block, folded_gram, solve_input};
+use crate::routed::Routed;
 use crate::run::{LayerClock, Runner};
 use crate::source::ModelSource;
-use crate::{ExpertPolicy, JobError, Method, Plan, QuantSite, SiteReport};
+use crate::{JobError, Method, Plan, QuantSite, SiteReport};
 
 /// Largest change of a block's float output that folding may cause: f32 rounding, with room.
 const FOLD_TOLERANCE: f64 = 1e-4;
@@ -48,35 +48,8 @@ impl Sink<'_> {
 /// What was gathered at the inputs of one block.
 pub(crate) struct Gathered {
     pub(crate) stats: BlockStats,
-    /// Tokens that reached each expert.
-    pub(crate) tokens: Vec<u64>,
-    pub(crate) poor: PoorExperts,
-}
-
-impl Gathered {
-    /// Statistics as they were read back, which say nothing of single experts.
-    pub(crate) fn from_stats(stats: BlockStats) -> Self {
-        Self { stats, tokens: Vec::new(), poor: PoorExperts::default() }
-    }
-
-    /// Adds to a linear that reads `input` what is known of its expert.
-    pub(crate) fn note(&self, input: InputId, solved: &mut Solved) {
-        if let Stream::ExpertIn(e) | Stream::ExpertMid(e) = input.stream {
-            solved.tokens = self.tokens.get(e as usize).copied();
-        }
-        if let Some(poor) = self.poor.at(input) {
-            solved.fallback = Some(poor.words());
-        }
-    }
-}
-
-/// Tokens that reached each expert of a block.
-pub(crate) fn expert_tokens(spec: &BlockSpec, stats: &BlockStats) -> Vec<u64> {
-    let tokens = |e| {
-        let input = InputId { block: spec.index, stream: Stream::ExpertIn(e) };
-        stats.get(input).map_or(0, |stats| stats.tokens)
-    };
-    (0..spec.moe().map_or(0, |moe| moe.experts) as u32).map(tokens).collect()
+    /// What is known of the experts behind a router; their statistics are made one expert at a time.
+    pub(crate) routed: Option<Routed>,
 }
 
 /// What every block of a run shares.
@@ -146,7 +119,10 @@ impl Runner<'_> {
             clock.step(index, "calibrate");
             let (gathered, folded) = self.gather_and_fold(pass, &mut block, block_spec, &mut hidden, sink, &clock)?;
             clock.step(index, "round");
-            let errors = self.solve_gathered(index, &mut block, &gathered, &folded, sink)?;
+            let mut errors = self.solve_gathered(index, &mut block, &gathered.stats, &folded, sink)?;
+            if let Some(routed) = &gathered.routed {
+                errors.extend(self.solve_routed(pass, &mut block, routed, folded, sink)?);
+            }
             drop(gathered);
             self.calibrate_cache(pass, &block, &hidden, sink)?;
             sink.finish_block(index)?;
@@ -161,39 +137,46 @@ impl Runner<'_> {
         Ok(())
     }
 
-    /// Solves and writes the linears of a block whose inputs are all gathered, and puts the result into `block`; returns
-    /// their relative errors.
+    /// Solves and writes the linears that read the inputs in `stats`, and puts the result into `block`; returns their
+    /// relative errors.
     pub(crate) fn solve_gathered(
         &self,
         index: usize,
         block: &mut Block,
-        gathered: &Gathered,
+        stats: &BlockStats,
         folded: &Folded,
         sink: &mut Sink<'_>,
     ) -> Result<Vec<f64>, JobError> {
         let mut errors = Vec::new();
         for (input, sites) in by_input(self.plan, index) {
+            if matches!(input.stream, Stream::ExpertIn(_) | Stream::ExpertMid(_)) {
+                continue;
+            }
             self.go_on()?;
             // One Gram matrix is copied at a time.
-            let gram = folded_gram(&gathered.stats, folded, input)
+            let gram = folded_gram(stats, folded, input)
                 .ok_or_else(|| JobError::Input(format!("no statistics were gathered for {input}")))?;
             let weights = self.weights(block, &sites)?;
-            let poor = gathered.poor.at(input);
-            let mut solved = match poor {
-                Some(poor) if poor.policy == ExpertPolicy::Nearest => nearest(&weights, self.plan)?,
-                _ => solve_input(&weights, &gram, Drift::None, self.plan)?,
-            };
+            let solved = solve_input(&weights, &gram, Drift::None, self.plan)?;
             drop(weights);
-            for solved in &mut solved {
-                gathered.note(input, solved);
-            }
-            for (site, solved) in sites.iter().zip(&solved) {
-                self.place(block, site, &solved.quantized.dequantize())?;
-                self.finish_site(site, solved, sink)?;
-                errors.extend(solved.error);
-            }
+            errors.extend(self.place_solved(block, &sites, &solved, sink)?);
         }
         Ok(errors)
+    }
+
+    /// Writes solved linears and puts them into `block`; returns their relative errors.
+    pub(crate) fn place_solved(
+        &self,
+        block: &mut Block,
+        sites: &[&QuantSite],
+        solved: &[Solved],
+        sink: &mut Sink<'_>,
+    ) -> Result<Vec<f64>, JobError> {
+        for (site, solved) in sites.iter().zip(solved) {
+            self.place(block, site, &solved.quantized.dequantize())?;
+            self.finish_site(site, solved, sink)?;
+        }
+        Ok(solved.iter().filter_map(|solved| solved.error).collect())
     }
 
     /// Reads a block and lets go of its pages.
@@ -211,7 +194,8 @@ impl Runner<'_> {
         Ok(block)
     }
 
-    /// Runs all windows for the statistics of every input, folds, and asserts that folding changed nothing.
+    /// Runs all windows for the statistics of every input outside of experts, folds, and asserts that folding changed
+    /// nothing.
     pub(crate) fn gather_and_fold(
         &self,
         pass: &Pass<'_>,
@@ -221,22 +205,24 @@ impl Runner<'_> {
         sink: &mut Sink<'_>,
         clock: &LayerClock<'_>,
     ) -> Result<(Gathered, Folded), JobError> {
-        let mut tap = StatsTap::new(block_spec);
-        self.observe(hidden, pass, block, &mut tap)?;
-        let mut stats = tap.finish()?;
-        let tokens = expert_tokens(block_spec, &stats);
-        let poor = self.enrich(pass, block, hidden, &mut stats)?;
-        let gathered = Gathered { stats, tokens, poor };
-        if self.plan.folds[block_spec.index].is_empty() {
-            return Ok((gathered, Folded::default()));
-        }
+        let mut tap = StatsTap::without_experts(block_spec);
+        let entrance = match block_spec.moe() {
+            Some(moe) => Some(self.observe_entrance(hidden, pass, block, moe, &mut tap)?),
+            None => {
+                self.observe(hidden, pass, block, &mut tap)?;
+                None
+            }
+        };
+        let stats = tap.finish()?;
         let first = self.windows(hidden, 0, 1, pass.spec.hidden)?;
-        let folded = self.fold_gathered(pass, block, block_spec, &gathered.stats, &first, sink, clock)?;
-        Ok((gathered, folded))
+        let routed = entrance.map(|entrance| self.route(block, entrance)).transpose()?;
+        let folded = self.fold_gathered(pass, block, block_spec, &stats, &first, sink, clock)?;
+        let routed = routed.map(|routed| routed.behind(block_spec.index, &folded));
+        Ok((Gathered { stats, routed }, folded))
     }
 
-    /// Finds scales, folds, asserts on `probe` (`(1, tokens, hidden)`) that folding changed nothing, and writes the
-    /// vectors that changed.
+    /// Finds scales, folds all but experts' own linears, asserts on `probe` (`(1, tokens, hidden)`) that folding changed
+    /// nothing, and writes the vectors that changed.
     pub(crate) fn fold_gathered(
         &self,
         pass: &Pass<'_>,
@@ -247,12 +233,15 @@ impl Runner<'_> {
         sink: &mut Sink<'_>,
         clock: &LayerClock<'_>,
     ) -> Result<Folded, JobError> {
-        if self.plan.folds[block_spec.index].is_empty() {
-            return Ok(Folded::default());
+        let mut folded = Folded::default();
+        let outside = |fold: &&Fold| !matches!(fold.input.stream, Stream::ExpertMid(_));
+        let mut folds = self.plan.folds[block_spec.index].iter().filter(outside).peekable();
+        if folds.peek().is_none() {
+            return Ok(folded);
         }
         clock.step(block_spec.index, "search");
         let before = block.forward(probe, &pass.rope, &mut NoTap)?;
-        let folded = fold_block(block, block_spec, stats, self.plan, &|name| pass.storage(name))?;
+        fold_block(block, stats, folds, self.plan, &|name| pass.storage(name), &mut folded)?;
         let after = block.forward(probe, &pass.rope, &mut NoTap)?;
         check_fold(block_spec.index, probe, &before, &after)?;
         self.write_edits(&folded.edits, sink)?;

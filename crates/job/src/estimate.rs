@@ -91,6 +91,7 @@ const TUNED_WINDOWS: usize = 8;
 const STREAMED: u64 = 192 << 20;
 
 /// The shapes that cost depends on.
+#[derive(Clone, Copy)]
 pub(crate) struct Costs<'a> {
     pub(crate) sites: &'a [QuantSite],
     pub(crate) blocks: &'a [BlockSpec],
@@ -104,6 +105,8 @@ pub(crate) struct Costs<'a> {
     pub(crate) search: bool,
     /// Whether Gram matrices are made.
     pub(crate) grams: bool,
+    /// Whether inputs of all linears of a block are looked at in one pass, experts' included.
+    pub(crate) at_once: bool,
     pub(crate) solver: Solver,
     pub(crate) source_bytes_per_weight: u64,
 }
@@ -142,7 +145,11 @@ impl Costs<'_> {
         let block = self.by_block().values().map(|sites| weights(sites)).max().unwrap_or(0);
         let largest = self.sites.iter().map(|s| s.out_features as u64 * s.in_features as u64).max().unwrap_or(0);
         let calibrated = self.windows > 0;
-        let grams = if self.grams { self.blocks.iter().map(StatsTap::gram_bytes).max().unwrap_or(0) } else { 0 };
+        let grams = |block: &BlockSpec| {
+            let (plain, expert) = StatsTap::gram_bytes_without_experts(block);
+            if self.at_once { StatsTap::gram_bytes(block) } else { plain + expert }
+        };
+        let grams = if self.grams { self.blocks.iter().map(grams).max().unwrap_or(0) } else { 0 };
         let widest = self.sites.iter().map(|s| s.in_features as u64).max().unwrap_or(0);
         // Folding copies the consumers of one input twice; rounding holds a copy, codes, the way back and
         // the packed bytes of one linear. Either way two Gram matrices of the widest input.
@@ -181,10 +188,12 @@ impl Costs<'_> {
         // Two streams, and what each keeps between attention and o.
         let heads =
             self.blocks.iter().flat_map(|b| b.site(lite_decoder::Role::O)).map(|s| s.in_features).max().unwrap_or(0);
+        let experts = self.blocks.iter().any(|b| b.moe().is_some());
+        // With experts a stream also keeps what its router sees.
         let stores = match (self.solver.error_aware, self.solver.tune) {
+            (false, _) if experts && !self.at_once => 2 * self.hidden,
             (false, _) => self.hidden,
-            // With experts both streams also keep what their routers see.
-            (true, false) if self.blocks.iter().any(|b| b.moe().is_some()) => 2 * (2 * self.hidden + heads),
+            (true, false) if experts => 2 * (2 * self.hidden + heads),
             (true, false) => 2 * (self.hidden + heads),
             (true, true) => 3 * self.hidden + 2 * heads,
         } as u64;
@@ -192,14 +201,15 @@ impl Costs<'_> {
             self.blocks.iter().flat_map(|b| b.site(lite_decoder::Role::Down)).map(|s| s.in_features).max().unwrap_or(0);
         // After tuning the whole block runs again anyway.
         let middle = if self.solver.error_aware && !self.solver.tune { middle as u64 } else { 0 };
-        let blocks = if self.solver.error_aware { 2 } else { 1 };
         let in_flight = if self.solver.error_aware { IN_FLIGHT } else { 1 };
         let grams = if self.solver.error_aware { widest * widest * 8 } else { grams };
         // Shadow, gradient and two moments in f32, windows of one step.
         let tune = block * 16 + tokens(TUNED_WINDOWS.min(self.windows), self.seqlen) * per_token / 2;
         let tune = if self.solver.tune && calibrated { tune } else { 0 };
-        // What is recorded of a block, and the file that is made of it.
-        let block = block * (4 * blocks + self.source_bytes_per_weight) + 2 * self.records().1;
+        // The quantized block beside the float one; of experts, one at a time.
+        let coded = if self.solver.error_aware { self.coded_weights() } else { 0 };
+        // What is recorded of a block, and the file that is made of it; or the source's pages while it is read.
+        let block = (block * (4 + self.source_bytes_per_weight)).max((block + coded) * 4 + 2 * self.records().1);
         if !calibrated {
             // Codes of one linear, packed bytes of two, panels of floats and of the source; plain tensors go through in
             // parts. fp8 codes are read as a whole: their codes and values.
@@ -223,6 +233,23 @@ impl Costs<'_> {
             tune,
             check,
         }
+    }
+
+    /// Most weights of a block that are there a second time while it is solved.
+    fn coded_weights(&self) -> u64 {
+        let weights = |sites: &Vec<&QuantSite>| -> u64 {
+            let (mut plain, mut expert) = (0, 0);
+            for site in sites {
+                let weights = site.out_features as u64 * site.in_features as u64;
+                match site.site.map(|id| id.role) {
+                    Some(Role::Expert(0, _)) => expert += weights,
+                    Some(Role::Expert(..)) => {}
+                    _ => plain += weights,
+                }
+            }
+            plain + expert
+        };
+        self.by_block().values().map(weights).max().unwrap_or(0)
     }
 
     /// Tokens that the final comparison works on at a time: two batches of [`crate::Plan::batch_for`].

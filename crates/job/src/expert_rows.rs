@@ -1,7 +1,7 @@
 //! Which rows of the two streams an expert works on.
 
 /// Rows of one expert that are handled together.
-const CHUNK: usize = 4096;
+pub(crate) const CHUNK: usize = 4096;
 
 /// Rows and the weights of their outputs.
 pub(crate) type Members = (Vec<u32>, Vec<f32>);

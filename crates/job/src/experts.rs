@@ -4,14 +4,14 @@
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;
-use lite_decoder::{Block, InputId, MoeSpec, Routing, Stream, gather, with_cpu_slice};
+use lite_decoder::{Block, InputId, MoeSpec, Stream, gather, with_cpu_slice};
 use lite_stats::CrossStats;
 
 use crate::batches::in_order;
 use crate::calibrate::{Pass, Sink, by_input};
+use crate::entrance::Entrance;
 use crate::expert_rows::{Chunk, Members, chunks};
 use crate::fold::tensor;
-use crate::hidden::HiddenStates;
 use crate::lanes::{Lane, Lanes};
 use crate::layer::{Drift, Solved, nearest, solve_input};
 use crate::poor::Poor;
@@ -62,22 +62,16 @@ impl Expert {
     }
 
     /// Its rows among `tokens`, with their weights.
-    fn rows(self, routing: &Routing, tokens: usize) -> Members {
+    fn rows(self, entrance: &Entrance) -> Members {
         match self {
-            Self::Shared => ((0..tokens as u32).collect(), vec![1.0; tokens]),
-            Self::Routed(e) => routing.rows(e),
+            Self::Shared => every(entrance.tokens),
+            Self::Routed(e) => entrance.routing.rows(e),
         }
     }
 }
 
-/// Both streams at the experts' input.
-struct Stage {
-    /// `(tokens, hidden)` of the float and of the quantized stream.
-    normed: [HiddenStates; 2],
-    routing: [Routing; 2],
-    hidden: usize,
-    tokens: usize,
-}
+/// The float and the quantized stream at the experts' input.
+type Entrances = [Entrance; 2];
 
 /// What the rows of a chunk become, in the float and in the quantized stream.
 type Pair = (Tensor, Tensor);
@@ -98,16 +92,19 @@ impl Runner<'_> {
         let moe = original.spec().moe().ok_or_else(|| JobError::Input(format!("block {index} has no experts")))?;
         clock.step(index, "route");
         let stage = self.enter_experts(pass, moe, original, &coded, lanes)?;
-        let poor = self.poor_experts(index, &stage.routing[1].counts(moe.experts))?;
+        let poor = self.poor_experts(index, &stage[1].routing.counts(moe.experts))?;
+        let roots = stage[1].score_roots(&coded, poor.weighted())?;
         clock.step(index, "solve");
         let groups: BTreeMap<InputId, Vec<&QuantSite>> = by_input(self.plan, index).into_iter().collect();
         let last_block = index + 1 == pass.spec.blocks.len();
         let mut errors = Vec::new();
         for expert in all_experts(moe) {
             self.go_on()?;
-            let [float, quantized] = [0, 1].map(|i| expert.rows(&stage.routing[i], stage.tokens));
+            let [float, quantized] = [0, 1].map(|i| expert.rows(&stage[i]));
             let own = chunks(&float, &quantized);
-            let work = Work { runner: self, stage: &stage, expert, own: &own, moe, poor: poor.of(expert.number()) };
+            let roots = expert.number().and_then(|e| roots.get(&e)).map(Vec::as_slice);
+            let poor = poor.of(expert.number());
+            let work = Work { runner: self, stage: &stage, expert, own: &own, moe, poor, roots };
             let mut kept = Vec::new();
             for (mid, input) in expert.inputs(index).into_iter().enumerate() {
                 let Some(sites) = groups.get(&input) else { continue };
@@ -145,9 +142,9 @@ impl Runner<'_> {
         let stage = self.enter_experts(pass, moe, original, coded, lanes)?;
         for expert in all_experts(moe) {
             self.go_on()?;
-            let [float, quantized] = [0, 1].map(|i| expert.rows(&stage.routing[i], stage.tokens));
+            let [float, quantized] = [0, 1].map(|i| expert.rows(&stage[i]));
             let own = chunks(&float, &quantized);
-            let work = Work { runner: self, stage: &stage, expert, own: &own, moe, poor: None };
+            let work = Work { runner: self, stage: &stage, expert, own: &own, moe, poor: None, roots: None };
             work.add_outputs(original, coded, Vec::new(), lanes)?;
         }
         Ok(())
@@ -161,13 +158,12 @@ impl Runner<'_> {
         original: &Block,
         coded: &Block,
         lanes: &mut Lanes,
-    ) -> Result<Stage, JobError> {
+    ) -> Result<Entrances, JobError> {
         let windows = lanes.float.residual.windows();
         let hidden = pass.spec.hidden;
-        let store = |name: &str| self.store(name, windows, hidden);
-        let normed = [store("experts-in")?, store("experts-in-quantized")?];
-        let routing = [Routing::empty(moe.top_k), Routing::empty(moe.top_k)];
-        let mut state = (lanes, Stage { normed, routing, hidden, tokens: windows * self.plan.seqlen });
+        let entrance =
+            |name: &str| Ok::<_, JobError>(Entrance::new(self.store(name, windows, hidden)?, moe.top_k, hidden));
+        let mut state = (lanes, [entrance("experts-in")?, entrance("experts-in-quantized")?]);
         let side = |block: &Block, lane: &Lane, (first, count): (usize, usize)| {
             let rows = count * self.plan.seqlen;
             let width = lane.heads.window_values() / self.plan.seqlen.max(1);
@@ -187,8 +183,7 @@ impl Runner<'_> {
                 for (i, (residual, normed, routing)) in sides.into_iter().enumerate() {
                     let lane = if i == 0 { &mut lanes.float } else { &mut lanes.quantized };
                     lane.residual.keep(first, &residual)?;
-                    stage.normed[i].keep(first, &normed)?;
-                    stage.routing[i].append(routing);
+                    stage[i].push(first, &normed, routing)?;
                 }
                 Ok(())
             },
@@ -206,23 +201,21 @@ fn all_experts(moe: &MoeSpec) -> impl Iterator<Item = Expert> {
 /// One expert at work.
 struct Work<'a> {
     runner: &'a Runner<'a>,
-    stage: &'a Stage,
+    stage: &'a Entrances,
     expert: Expert,
     own: &'a [Chunk],
     moe: &'a MoeSpec,
     /// Its tokens, if they are too few.
     poor: Option<Poor>,
+    /// What all tokens are weighted by then, unless it is rounded to nearest.
+    roots: Option<&'a [f32]>,
 }
 
 impl Work<'_> {
-    fn rows(&self, side: usize, rows: &[u32]) -> Result<Tensor, JobError> {
-        let values = self.stage.normed[side].rows(rows, self.stage.hidden)?;
-        tensor(values, &[rows.len(), self.stage.hidden], &self.runner.plan.device)
-    }
-
     /// The inputs of a chunk: all its rows of the float stream, those of the quantized one that its router sends.
     fn inputs(&self, chunk: &Chunk) -> Result<Pair, JobError> {
-        Ok((self.rows(0, &chunk.rows)?, self.rows(1, &chunk.rows_at(&chunk.coded.0))?))
+        let device = &self.runner.plan.device;
+        Ok((self.stage[0].rows(&chunk.rows, device)?, self.stage[1].rows(&chunk.rows_at(&chunk.coded.0), device)?))
     }
 
     fn mids(&self, original: &Block, coded: &Block, (float, quantized): &Pair) -> Result<Pair, JobError> {
@@ -277,9 +270,9 @@ impl Work<'_> {
         kept: &mut Vec<Pair>,
     ) -> Result<CrossStats, JobError> {
         let all;
-        let weighted = self.poor.is_some();
+        let weighted = self.roots.is_some();
         let seen = if weighted {
-            let every: Members = ((0..self.stage.tokens as u32).collect(), vec![1.0; self.stage.tokens]);
+            let every = every(self.stage[1].tokens);
             all = chunks(&every, &every);
             &all
         } else {
@@ -294,7 +287,7 @@ impl Work<'_> {
         for chunk in seen {
             self.runner.go_on()?;
             let inputs = self.inputs(chunk)?;
-            let emphasis = self.emphasis(coded, &inputs.1, weighted)?;
+            let emphasis = self.roots.map(|roots| pick(roots, &chunk.rows_at(&chunk.coded.0)));
             let (float, quantized) = if mid { self.mids(original, coded, &inputs)? } else { inputs };
             if !chunk.coded.0.is_empty() {
                 let other = weighted_rows(gather(&float, &chunk.coded.0)?, emphasis.as_deref())?;
@@ -312,12 +305,6 @@ impl Work<'_> {
             return Err(lite_stats::StatsError::NotFinite { block, input, channels, total: width }.into());
         }
         Ok(stats)
-    }
-
-    /// The square root of the router's score of this expert, for each row of its input.
-    fn emphasis(&self, coded: &Block, normed: &Tensor, weighted: bool) -> Result<Option<Vec<f32>>, JobError> {
-        let (true, Expert::Routed(e)) = (weighted, self.expert) else { return Ok(None) };
-        Ok(Some(score_roots(&coded.router_scores(normed)?, e, self.moe.experts)))
     }
 
     /// Adds the expert's weighted outputs to both residual streams.
@@ -345,6 +332,16 @@ impl Work<'_> {
         }
         Ok(())
     }
+}
+
+/// All tokens.
+fn every(tokens: usize) -> Members {
+    ((0..tokens as u32).collect(), vec![1.0; tokens])
+}
+
+/// The values at some places.
+pub(crate) fn pick(values: &[f32], places: &[u32]) -> Vec<f32> {
+    places.iter().map(|place| values[*place as usize]).collect()
 }
 
 /// `√` of one expert's scores, from those of the router, `[tokens, experts]`.

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use lite_decoder::{DecoderSpec, Rope};
 use lite_model::CheckpointWriter;
 
-use crate::calibrate::{Gathered, Pass, Sink, storage_types};
+use crate::calibrate::{Pass, Sink, storage_types};
 use crate::check::Expected;
 use crate::fold::tensor;
 use crate::run::{LayerClock, Runner};
@@ -39,11 +39,10 @@ impl Runner<'_> {
             clock.started(index);
             let mut block = self.load_block(&pass, &source, index)?;
             clock.step(index, "read");
-            let gathered = Gathered::from_stats(statistics.block(block_spec)?);
-            let stats = &gathered.stats;
-            let folded = self.fold_gathered(&pass, &mut block, block_spec, stats, &probe, &mut sink, &clock)?;
+            let stats = statistics.block(block_spec)?;
+            let folded = self.fold_gathered(&pass, &mut block, block_spec, &stats, &probe, &mut sink, &clock)?;
             clock.step(index, "round");
-            let errors = self.solve_gathered(index, &mut block, &gathered, &folded, &mut sink)?;
+            let errors = self.solve_gathered(index, &mut block, &stats, &folded, &mut sink)?;
             clock.done(index, &errors);
         }
         Ok(sink.into_reports(self.plan))

@@ -159,13 +159,14 @@ fn plan(
         eval_seqlen: 0,
         search: false,
         grams: true,
+        at_once: true,
         solver: Solver::NEAREST,
         source_bytes_per_weight: (plain_dtype(checkpoint).bitsize() / 8) as u64,
     };
     let widest = sites.iter().map(|s| s.in_features as u64).max().unwrap_or(0);
     // Nothing is solved; the bytes of one Gram matrix are copied to be written.
-    let mut memory = MemoryEstimate { solve: widest * widest * 4, ..costs.memory() };
-    fit_memory(&mut memory, recipe, &mut words.warnings)?;
+    let estimate = |batch| MemoryEstimate { solve: widest * widest * 4, ..Costs { batch, ..costs }.memory() };
+    let (memory, batch) = fit_memory(&estimate, batch, recipe, &mut words.warnings)?;
     let disk_bytes = bytes + if memory.spooled { memory.hidden } else { 0 } + (16 << 20);
     let disk_free = fit_disk(&recipe.work_dir, disk_bytes)?;
     WorkDir::check(&recipe.work_dir, Some(checkpoint.root()), recipe.overwrite)?;

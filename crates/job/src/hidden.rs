@@ -66,9 +66,9 @@ impl HiddenStates {
         match &self.storage {
             Storage::Memory(values) => Ok(values[start..start + len].to_vec()),
             Storage::Spool { file, path } => {
-                let mut bytes = vec![0u8; len * 4];
-                file.read_exact_at(&mut bytes, start as u64 * 4).map_err(JobError::io("read the spool file", path))?;
-                Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+                let mut values = vec![0f32; len];
+                read_at(file, start, &mut values).map_err(JobError::io("read the spool file", path))?;
+                Ok(values)
             }
         }
     }
@@ -91,11 +91,9 @@ impl HiddenStates {
                 rows.iter().for_each(|row| out.extend_from_slice(&values[*row as usize * width..][..width]));
             }
             Storage::Spool { file, path } => {
-                let mut bytes = vec![0u8; width * 4];
-                for row in rows {
-                    let start = u64::from(*row) * width as u64 * 4;
-                    file.read_exact_at(&mut bytes, start).map_err(JobError::io("read the spool file", path))?;
-                    out.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
+                out.resize(rows.len() * width, 0.0);
+                for (row, values) in rows.iter().zip(out.chunks_exact_mut(width.max(1))) {
+                    read_at(file, *row as usize * width, values).map_err(JobError::io("read the spool file", path))?;
                 }
             }
         }
@@ -114,9 +112,7 @@ impl HiddenStates {
         scatter(&mut sums, width, values, &places, weights);
         let Storage::Spool { file, path } = &self.storage else { return Ok(()) };
         for (row, sum) in rows.iter().zip(sums.chunks_exact(width.max(1))) {
-            let bytes: Vec<u8> = sum.iter().flat_map(|v| v.to_le_bytes()).collect();
-            let start = u64::from(*row) * width as u64 * 4;
-            file.write_all_at(&bytes, start).map_err(JobError::io("write the spool file", path))?;
+            write_at(file, *row as usize * width, sum).map_err(JobError::io("write the spool file", path))?;
         }
         Ok(())
     }
@@ -127,17 +123,55 @@ impl HiddenStates {
         match &mut self.storage {
             Storage::Memory(all) => all[start..start + values.len()].copy_from_slice(values),
             Storage::Spool { file, path } => {
-                let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-                file.write_all_at(&bytes, start as u64 * 4).map_err(JobError::io("write the spool file", &*path))?;
+                write_at(file, start, values).map_err(JobError::io("write the spool file", &*path))?;
             }
         }
         Ok(())
     }
 }
 
+/// Values that are converted at a time: a whole batch would be there twice.
+const PART: usize = 1 << 14;
+
+/// Values from position `start` on, little-endian f32.
+fn read_at(file: &File, start: usize, values: &mut [f32]) -> std::io::Result<()> {
+    let mut bytes = vec![0u8; values.len().min(PART) * 4];
+    let mut at = start as u64 * 4;
+    for part in values.chunks_mut(PART) {
+        let bytes = &mut bytes[..part.len() * 4];
+        file.read_exact_at(bytes, at)?;
+        part.iter_mut().zip(bytes.as_chunks().0).for_each(|(v, b)| *v = f32::from_le_bytes(*b));
+        at += bytes.len() as u64;
+    }
+    Ok(())
+}
+
+/// The way back of [`read_at`].
+fn write_at(file: &File, start: usize, values: &[f32]) -> std::io::Result<()> {
+    let mut bytes = Vec::with_capacity(values.len().min(PART) * 4);
+    let mut at = start as u64 * 4;
+    for part in values.chunks(PART) {
+        bytes.clear();
+        bytes.extend(part.iter().flat_map(|v| v.to_le_bytes()));
+        file.write_all_at(&bytes, at)?;
+        at += bytes.len() as u64;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn values_go_through_in_parts() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = HiddenStates::in_file(&dir.path().join("hidden"), 2, 2 * PART + 3).unwrap();
+        let values: Vec<f32> = (0..2 * PART + 3).map(|v| v as f32).collect();
+        store.write(1, &values).unwrap();
+        assert_eq!(store.read(1, 1).unwrap(), values);
+        assert_eq!(store.read(0, 1).unwrap(), vec![0.0; 2 * PART + 3]);
+    }
 
     #[test]
     fn memory_and_file_hold_the_same() {

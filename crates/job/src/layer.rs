@@ -28,23 +28,25 @@ pub(crate) struct Folded {
     pub(crate) edits: Vec<Edit>,
 }
 
-/// Finds and applies the scales of every fold of a block.
-pub(crate) fn fold_block(
+/// Finds and applies the scales of some folds of a block, in the order of the plan. What was asked for and what changed
+/// is added to `folded`; so are the scales of inputs.
+pub(crate) fn fold_block<'f>(
     block: &mut Block,
-    spec: &BlockSpec,
     stats: &BlockStats,
+    folds: impl Iterator<Item = &'f Fold>,
     plan: &Plan,
     storage: &dyn Fn(&str) -> ScaleDtype,
-) -> Result<Folded, JobError> {
-    let mut folded = Folded::default();
-    for fold in &plan.folds[spec.index] {
-        let scales = fold_scales(block, spec, stats, fold, plan)?;
-        let (effective, edits) = apply(block, spec, fold, &scales, storage)?;
-        note_scales(&mut folded.scales, spec, fold, &effective);
+    folded: &mut Folded,
+) -> Result<(), JobError> {
+    let spec = block.spec().clone();
+    for fold in folds {
+        let scales = fold_scales(block, &spec, stats, fold, plan)?;
+        let (effective, edits) = apply(block, &spec, fold, &scales, storage)?;
+        note_scales(&mut folded.scales, &spec, fold, &effective);
         folded.edits.extend(edits);
         folded.found.push(scales);
     }
-    Ok(folded)
+    Ok(())
 }
 
 fn fold_scales(

@@ -25,21 +25,37 @@ pub(crate) fn batch_size(recipe: &Recipe, seqlen: usize) -> Result<usize, JobErr
     }
 }
 
-/// Moves hidden states to a file where memory asks for it, and refuses what does not fit even so.
+/// What a run needs that is to fit: the estimate for `batch` windows per forward pass, hidden states in a file where memory
+/// asks for it, and fewer windows per pass where that is not enough; with the windows it comes to. Refuses what does not
+/// fit even so.
 pub(crate) fn fit_memory(
-    memory: &mut MemoryEstimate,
+    estimate: &dyn Fn(usize) -> MemoryEstimate,
+    batch: usize,
     recipe: &Recipe,
     warnings: &mut Vec<String>,
-) -> Result<(), JobError> {
+) -> Result<(MemoryEstimate, usize), JobError> {
     let limit = recipe.max_memory.or_else(available_memory);
     // The estimate is good to a tenth or so: what costs little is given up before the budget is reached.
     let tight = |memory: &MemoryEstimate| limit.is_some_and(|limit| memory.peak() + memory.peak() / 10 > limit);
-    if tight(memory) {
+    let (mut memory, mut batch) = (estimate(batch), batch);
+    if tight(&memory) {
         memory.middle = 0;
     }
-    if tight(memory) && memory.hidden > 0 {
+    if tight(&memory) && memory.hidden > 0 {
         memory.spooled = true;
     }
+    // Passes over fewer windows sum in another order: this comes last, and only for a budget that was asked for, so that
+    // what happens to be free does not decide the bytes of the result.
+    let lowered = recipe.max_memory.is_some() && recipe.batch_size.is_none();
+    while lowered && tight(&memory) && batch > 1 {
+        let fewer = estimate(batch / 2);
+        if fewer.peak() >= estimate(batch).peak() {
+            break;
+        }
+        batch /= 2;
+        memory = MemoryEstimate { middle: 0, spooled: fewer.hidden > 0, ..fewer };
+    }
+    let memory = memory;
     if let Some(limit) = recipe.max_memory
         && memory.peak() > limit
     {
@@ -55,7 +71,7 @@ pub(crate) fn fit_memory(
     {
         warnings.push(format!("about {} of memory will be needed, {} are free", mib(memory.peak()), mib(limit)));
     }
-    Ok(())
+    Ok((memory, batch))
 }
 
 /// Memory that is free for this run, bytes: what the system has left, within the limit of its cgroup.

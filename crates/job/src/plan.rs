@@ -274,7 +274,7 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
 
     let (windows, seqlen) = if data_free { (0, 0) } else { calibration_shape(recipe, spec.as_ref(), &mut notes)? };
     let (eval_windows, eval_seqlen) = check_shape(recipe, spec.as_ref(), seqlen)?;
-    let batch = batch_size(recipe, seqlen)?;
+    let batch = batch_size(recipe, seqlen)?.min(windows.max(1));
     let tensors = plan_tensors(
         checkpoint,
         spec.as_ref(),
@@ -302,11 +302,12 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
         // With statistics no window is run; the fold check takes less than one.
         windows: if recipe.stats.is_some() { 1 } else { windows },
         seqlen,
-        batch: batch.min(windows.max(1)),
+        batch,
         eval_windows,
         eval_seqlen,
         search: matches!(recipe.method, Method::Awq { search_scale: true }),
         grams: !gathers_inputs_only(recipe),
+        at_once: recipe.calib.if_needed || matches!(recipe.method, Method::SmoothQuant { .. }),
         solver: recipe.solver,
         source_bytes_per_weight: (plain.bitsize() / 8) as u64,
     };
@@ -320,8 +321,7 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
         costs.eval_windows = 0;
     }
     let eval_windows = costs.eval_windows;
-    let mut memory = costs.memory();
-    fit_memory(&mut memory, recipe, &mut warnings)?;
+    let (memory, batch) = fit_memory(&|batch| Costs { batch, ..costs }.memory(), costs.batch, recipe, &mut warnings)?;
     let records = if windows > 0 && recipe.stats.is_none() { costs.records().0 } else { 0 };
     let disk_bytes = output_bytes + records + if memory.spooled { memory.hidden } else { 0 } + (16 << 20);
     // Blocks of an interrupted run have their place already.

@@ -41,6 +41,11 @@ impl PoorExperts {
         self.0.get(&expert?).copied()
     }
 
+    /// Those for which all tokens stand, as the router weights them.
+    pub(crate) fn weighted(&self) -> impl Iterator<Item = u32> {
+        self.0.iter().filter(|(_, poor)| poor.policy == ExpertPolicy::Weighted).map(|(e, _)| *e)
+    }
+
     /// That of the expert which an input belongs to.
     pub(crate) fn at(&self, input: InputId) -> Option<Poor> {
         match input.stream {

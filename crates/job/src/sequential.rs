@@ -60,7 +60,11 @@ impl Runner<'_> {
             if !self.plan.folds[index].is_empty() {
                 clock.step(index, "calibrate");
                 // Folding leaves the function alone: the folded block stands for the float model too.
-                self.gather_and_fold(pass, &mut original, block_spec, &mut lanes.quantized.residual, sink, &clock)?;
+                let hidden = &mut lanes.quantized.residual;
+                let (gathered, folded) = self.gather_and_fold(pass, &mut original, block_spec, hidden, sink, &clock)?;
+                if let Some(routed) = &gathered.routed {
+                    self.fold_routed(pass, &mut original, routed, folded, sink)?;
+                }
             }
             self.calibrate_cache(pass, &original, &lanes.quantized.residual, sink)?;
             let (coded, solved) = self.solve_block(pass, index, &original, &mut lanes, &clock)?;

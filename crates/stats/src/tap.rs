@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;
-use lite_decoder::{BlockSpec, DecoderError, InputId, Tap};
+use lite_decoder::{BlockSpec, DecoderError, InputId, Stream, Tap};
 use thiserror::Error;
 
 use crate::InputStats;
@@ -62,7 +62,17 @@ impl BlockStats {
     }
 }
 
-/// A [`Tap`] that gathers [`InputStats`] for every input of one block.
+/// Whether only the tokens of one expert pass through `input`.
+fn is_routed(input: InputId) -> bool {
+    matches!(input.stream, Stream::ExpertIn(_) | Stream::ExpertMid(_))
+}
+
+/// Bytes of the Gram matrix of `k` channels.
+fn gram(k: usize) -> u64 {
+    (k as u64).pow(2) * 4
+}
+
+/// A [`Tap`] that gathers [`InputStats`] for inputs of one block.
 #[derive(Debug)]
 pub struct StatsTap {
     stats: BlockStats,
@@ -71,13 +81,32 @@ pub struct StatsTap {
 impl StatsTap {
     /// Room for every input of `block`.
     pub fn new(block: &BlockSpec) -> Self {
-        let inputs = block.inputs().into_iter().map(|(input, width)| (input, InputStats::new(width))).collect();
+        Self::of(block.inputs().into_iter())
+    }
+
+    fn of(inputs: impl Iterator<Item = (InputId, usize)>) -> Self {
+        let inputs = inputs.map(|(input, width)| (input, InputStats::new(width))).collect();
         Self { stats: BlockStats { inputs } }
+    }
+
+    /// Room for every input of `block` but those of single experts, which see some of the tokens only.
+    pub fn without_experts(block: &BlockSpec) -> Self {
+        Self::of(block.inputs().into_iter().filter(|(input, _)| !is_routed(*input)))
     }
 
     /// Bytes of the Gram matrices that [`StatsTap::new`] allocates for `block`.
     pub fn gram_bytes(block: &BlockSpec) -> u64 {
-        block.inputs().values().map(|k| (*k as u64).pow(2) * 4).sum()
+        block.inputs().values().map(|k| gram(*k)).sum()
+    }
+
+    /// Bytes of those that [`StatsTap::without_experts`] allocates, and of those of one expert.
+    pub fn gram_bytes_without_experts(block: &BlockSpec) -> (u64, u64) {
+        let inputs = block.inputs();
+        let (routed, plain): (Vec<_>, Vec<_>) = inputs.iter().partition(|(input, _)| is_routed(**input));
+        let first =
+            |(input, _): &&(&InputId, &usize)| matches!(input.stream, Stream::ExpertIn(0) | Stream::ExpertMid(0));
+        let bytes = |(_, width): (&InputId, &usize)| gram(*width);
+        (plain.into_iter().map(bytes).sum(), routed.iter().filter(first).map(|(_, width)| gram(**width)).sum())
     }
 
     /// The finished statistics.
