@@ -1,6 +1,7 @@
 //! `lite`: quantize LLM checkpoints offline. See `lite --help`.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+mod allocator;
 mod args;
 mod commands;
 mod exit;
@@ -12,11 +13,6 @@ mod progress;
 use std::process::ExitCode;
 
 use clap::Parser;
-
-/// Activations are allocated and freed batch after batch; the system's allocator hands each large block back and
-/// pays for its pages again.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let cli = args::Cli::parse();

@@ -26,6 +26,7 @@ pub(crate) fn run(args: &CalibrateArgs, format: Format) -> anyhow::Result<()> {
     let cancel = super::cancel_flag()?;
     let progress = Progress::new(format);
     let log = RunLog::new(&progress);
+    crate::allocator::keep_within_budget(recipe.max_memory.is_some());
     let report = lite_job::calibrate(&recipe, &log, &cancel).inspect_err(|error| log.failed(error))?;
     drop(progress);
     let mut stdout = std::io::stdout().lock();

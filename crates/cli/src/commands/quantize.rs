@@ -35,6 +35,7 @@ pub(crate) fn perform(
     let progress = Progress::new(format);
     let log = RunLog::new(&progress);
     let documents = |finished: &Finished<'_>| report.documents(recipe, finished, &log, &cancel);
+    crate::allocator::keep_within_budget(recipe.max_memory.is_some());
     let report =
         lite_job::run_sharing(recipe, &log, &documents, &cancel, texts).inspect_err(|error| log.failed(error))?;
     drop(progress);
