@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::families::{EIGHT_BITS, families, has_experts, quantize};
+use super::families::{EIGHT_BITS, families, has_experts, ok, quantize};
 use super::resume::{finished, killed, result, same, stderr};
 use super::support::*;
 
@@ -64,7 +64,8 @@ fn passed_through(name: &str, model: &Path, out: &Path) {
         assert!(old.shape.len() != 2 || ignored.contains(module), "{name}: `{module}` is not in the ignore list");
     }
     // Routers are never quantized.
-    let routers: Vec<&String> = source.keys().filter(|tensor| tensor.ends_with(".gate.weight")).collect();
+    let is_router = |tensor: &&String| tensor.ends_with(".gate.weight") || tensor.ends_with(".router.weight");
+    let routers: Vec<&String> = source.keys().filter(is_router).collect();
     assert!(!routers.is_empty());
     for router in routers {
         assert_eq!(written[router].shape, source[router].shape, "{name}: {router}");
@@ -117,4 +118,31 @@ fn what_latent_attention_does_not_take_is_refused_by_name() {
         }
     }
     assert!(tested >= 3);
+}
+
+/// Biases of every linear and of the router, and sinks: in other layouts, at four bits.
+#[test]
+fn gpt_oss_keeps_its_biases_and_sinks() {
+    let (_, copy) = mixtures().into_iter().find(|(name, _)| name == "gpt-oss").unwrap();
+    let (dir, source) = (tempfile::tempdir().unwrap(), tensors(copy.path()));
+    for (verb, layout) in [("auto_awq", "awq"), ("auto_gptq", "gptq")] {
+        let out = dir.path().join(verb);
+        let flags = [&CALIBRATION[..], &["--w-bits", "4", "--w-group-size", "16", "--layout", layout]].concat();
+        let kl = quantize(verb, copy.path(), &out, &flags);
+        assert!((0.0..1.0).contains(&kl), "{verb}: {kl}");
+        let written = tensors(&out);
+        // What v adds is divided by the scales that its rows are.
+        let kept = |name: &str| name.ends_with(".sinks") || (name.ends_with(".bias") && !name.ends_with("v_proj.bias"));
+        let kept: Vec<&String> = source.keys().filter(|name| kept(name)).collect();
+        assert_eq!(kept.len(), 2 * (1 + 3 + 1 + 6 * 3));
+        for name in kept {
+            assert!(source[name] == written[name], "{verb}: {name}");
+        }
+        let found = ok(lite().arg("generate").arg(&out).args(["--prompt", "the ", "--max-new-tokens", "8"]));
+        assert!(!found.is_empty(), "{verb}");
+    }
+    let mut command = lite();
+    command.arg("auto_awq").arg(copy.path()).arg("--work-dir").arg(dir.path().join("no")).args(CALIBRATION);
+    let message = refused(command.args(["--w-group-size", "16", "--target", "vllm"]));
+    assert!(message.contains("GptOssForCausalLM") && message.contains("experts.0.gate_proj"), "{message}");
 }

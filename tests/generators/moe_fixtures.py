@@ -2,8 +2,10 @@
 """Tiny random checkpoints of the families with experts, with the logits transformers computes for them.
 
     python tests/generators/moe_fixtures.py tests/fixtures/families [case ...]
+    python tests/generators/moe_fixtures.py OUT gpt-oss --fused
 
-The folders, files and checks are those of decoder_fixtures.py.  Experts are stored one by one, as published.
+The folders, files and checks are those of decoder_fixtures.py.  Experts are stored one by one, as published; so are
+gpt-oss's, which are published fused: that is how the fused ones are read.  `--fused` writes these as transformers does.
 Besides: no router is near a tie (the windows are drawn until the closest decision is MARGIN apart), every
 expert is reached by the first window, and a case may hold layers of multi-token prediction behind the last
 one, which no forward pass reads.
@@ -26,8 +28,8 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config,
-                          DeepseekV3ForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM, MixtralConfig, MixtralForCausalLM,
-                          Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM)
+                          DeepseekV3ForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM, GptOssConfig, GptOssForCausalLM,
+                          MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM)
 
 import decoder_fixtures as base
 from decoder_fixtures import BF16, DTYPE_NAME, F32, llama_build, max_diff, published, run, spread
@@ -39,7 +41,7 @@ CORRECTION = "e_score_correction_bias"
 base.CONFIG_CLASS.update({
     Qwen3MoeForCausalLM: Qwen3MoeConfig, Qwen2MoeForCausalLM: Qwen2MoeConfig, MixtralForCausalLM: MixtralConfig,
     Glm4MoeForCausalLM: Glm4MoeConfig, DeepseekV2ForCausalLM: DeepseekV2Config,
-    DeepseekV3ForCausalLM: DeepseekV3Config,
+    DeepseekV3ForCausalLM: DeepseekV3Config, GptOssForCausalLM: GptOssConfig,
 })
 
 
@@ -82,6 +84,21 @@ def cases():
         published(b, "mixtral", "MixtralForCausalLM", BF16, "4.36.0.dev0", **moe, attention_dropout=0.0,
                   output_router_logits=False, rope_theta=10000.0, router_aux_loss_coef=0.02, sliding_window=None),
         [dict(num_experts_per_tok=1)])
+
+    # gpt-oss: sinks, biases everywhere, clamped gated units, every second layer within a window, a ramp of frequencies
+    # that is not rounded to whole dimensions.
+    moe = dict(num_local_experts=6, num_experts_per_tok=3)
+    yarn = dict(factor=4.0, original_max_position_embeddings=64, beta_fast=4.0, beta_slow=0.25, truncate=False)
+    layers = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=12)
+    b = llama_build(hidden_size=32, intermediate_size=32, **moe, **layers, head_dim=16, attention_bias=True,
+                    max_position_embeddings=256, rope_parameters=rope("yarn", **yarn))
+    add("gpt-oss", GptOssForCausalLM, BF16, b,
+        published(b, "gpt_oss", "GptOssForCausalLM", BF16, "4.55.0.dev0", **moe, **layers, attention_bias=True,
+                  attention_dropout=0.0, experts_per_token=3, head_dim=16, initial_context_length=64,
+                  output_router_logits=False, rope_scaling=dict(yarn, rope_type="yarn"), rope_theta=10000,
+                  router_aux_loss_coef=0.9, swiglu_limit=7.0),
+        [dict(num_experts_per_tok=2), dict(sliding_window=11), dict(layer_types=layers["layer_types"][::-1]),
+         dict(rope_parameters=rope("yarn", **dict(yarn, truncate=True))), dict(rope_parameters=rope())])
 
     # GLM-4.5: sigmoids, correction bias, norms of queries and keys, biases, half of each head rotated.
     moe = dict(n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=16, n_shared_experts=1,
@@ -165,6 +182,13 @@ def fill(model, gen):
         root = math.sqrt(shape[-1])
         if name.endswith(CORRECTION):
             return randn(shape, 0.15)
+        if name.endswith(".sinks"):
+            return randn(shape, 1.5)
+        if cfg.model_type == "gpt_oss" and ".experts." in name:
+            # `[experts, in, out]`; a few percent of gates and ups are clamped.
+            std = {"gate_up_proj": 4.0 / math.sqrt(shape[1]), "down_proj": 0.15 / math.sqrt(shape[1]),
+                   "gate_up_proj_bias": 0.6, "down_proj_bias": 0.3}
+            return randn(shape, std[name.split(".")[-1]])
         if name.endswith("experts.gate_up_proj"):
             w = randn(shape, 1.0 / root)
             w[:, : shape[1] // 2] *= 1.5
@@ -179,7 +203,7 @@ def fill(model, gen):
             return (1.0 + randn(shape, 0.3)).clamp(0.3, 1.7)
         if leaf == "embed_tokens":
             return randn(shape, 1.0 / root)
-        if leaf in ("gate", "lm_head"):
+        if leaf in ("gate", "router", "lm_head"):
             return randn(shape, 2.0 / root)
         if leaf in ("q_proj", "k_proj", "q_b_proj", "kv_b_proj", "kv_a_proj_with_mqa"):
             return randn(shape, 1.6 / root)
@@ -200,18 +224,44 @@ def fused(tensors):
     """Experts one by one, as stored, to those of transformers' classes."""
     out, experts = {}, {}
     for name, t in tensors.items():
-        m = re.fullmatch(r"(.*)\.experts\.(\d+)\.(\w+)\.weight", name)
+        m = re.fullmatch(r"(.*)\.experts\.(\d+)\.(\w+)\.(weight|bias)", name)
         if m:
             part = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(m[3], m[3])
+            part = part if m[4] == "weight" else f"{part}.bias"
             experts.setdefault(m[1].replace("block_sparse_moe", "mlp"), {})[int(m[2]), part] = t
         else:
             out[name.replace("block_sparse_moe", "mlp")] = t
     for module, parts in experts.items():
         numbers = sorted({e for e, _ in parts})
         assert numbers == list(range(len(numbers)))
+        if (0, "gate_proj.bias") in parts:
+            for end, stored in (("", ""), (".bias", "_bias")):
+                # Rows of gate and up in turn.
+                pairs = [torch.stack([parts[e, f"{x}_proj{end}"] for x in ("gate", "up")], 1) for e in numbers]
+                gate_up = torch.stack([pair.flatten(0, 1) for pair in pairs])
+                down = torch.stack([parts[e, f"down_proj{end}"] for e in numbers])
+                for part, w in (("gate_up_proj", gate_up), ("down_proj", down)):
+                    out[f"{module}.experts.{part}{stored}"] = w if end else w.transpose(1, 2).contiguous()
+            continue
         out[f"{module}.experts.gate_up_proj"] = torch.stack(
             [torch.cat([parts[e, "gate_proj"], parts[e, "up_proj"]]) for e in numbers])
         out[f"{module}.experts.down_proj"] = torch.stack([parts[e, "down_proj"] for e in numbers])
+    return out
+
+
+def apart(tensors):
+    """gpt-oss's experts as linears, one by one; transformers keeps them fused, transposed, gate and up in turn."""
+    out = {}
+    for name, t in tensors.items():
+        m = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias)?", name)
+        if not m:
+            out[name] = t
+            continue
+        for e, w in enumerate(t):
+            w = w if m[3] else w.T
+            parts = {"gate_proj": w[0::2], "up_proj": w[1::2]} if m[2] == "gate_up_proj" else {m[2]: w}
+            for part, w in parts.items():
+                out[f"{m[1]}.{e}.{part}.{'bias' if m[3] else 'weight'}"] = w.contiguous()
     return out
 
 
@@ -263,7 +313,8 @@ def smallest_margin(model, windows):
         return (ordered[:, k - 1] - ordered[:, k]).min().item() if k < values.shape[-1] else float("inf")
 
     def hook(router, args, outputs):
-        logits = F.linear(args[0].reshape(-1, args[0].shape[-1]).float(), router.weight.float())
+        logits = F.linear(args[0].reshape(-1, args[0].shape[-1]).float(), router.weight.float(),
+                          getattr(router, "bias", None))
         corrected = hasattr(router, CORRECTION)
         scores = logits.sigmoid() + router.e_score_correction_bias if corrected else logits
         groups = getattr(router, "num_group", None) or 1
@@ -291,8 +342,28 @@ def smallest_margin(model, windows):
     return min(closest), fewest
 
 
+def check_clamps(case, tensors, windows, logits):
+    """gpt-oss's limit, which transformers does not read from config.json, must show in the logits."""
+    model = fresh_model(case, tensors)
+    for module in model.modules():
+        if hasattr(module, "limit"):
+            module.limit = 1e9
+    d = max_diff(logits[:1], [run(model, windows[0])])
+    assert d > 0.05, d
+
+
 def from_disk(case, folder, ids):
-    """What transformers makes of the folder itself."""
+    """What transformers makes of the folder itself; of gpt-oss, with its experts fused again."""
+    if case["model"] is GptOssForCausalLM:
+        tensors = load_file(folder / "model.safetensors")
+        with tempfile.TemporaryDirectory() as tmp:
+            shutil.copyfile(folder / "config.json", Path(tmp) / "config.json")
+            save_file(fused(tensors), Path(tmp) / "model.safetensors", metadata={"format": "pt"})
+            return read_disk(case, tmp, ids)
+    return read_disk(case, folder, ids)
+
+
+def read_disk(case, folder, ids):
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=F32, attn_implementation="eager",
                                                        experts_implementation="eager", output_loading_info=True)
     layers = case["build"]["num_hidden_layers"]
@@ -301,7 +372,7 @@ def from_disk(case, folder, ids):
     return run(model.eval(), ids)
 
 
-def generate(case, out):
+def generate(case, out, keep_fused=False):
     name, dtype = case["name"], case["dtype"]
     gen = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))
     folder = out / name
@@ -316,6 +387,10 @@ def generate(case, out):
     with tempfile.TemporaryDirectory() as tmp:
         model.save_pretrained(tmp)
         tensors = load_file(Path(tmp) / "model.safetensors")
+    if case["model"] is GptOssForCausalLM:
+        saved, tensors = tensors, apart(tensors)
+        again = fused(tensors)
+        assert saved.keys() == again.keys() and all(torch.equal(saved[k], again[k]) for k in saved)
     # The one tensor that is published in f32.
     tensors.update(corrections)
     if case["mtp"]:
@@ -337,6 +412,10 @@ def generate(case, out):
         assert torch.equal(from_disk(case, folder, w), l), "config as published"
     own = {k: v for k, v in tensors.items() if layer_of(k) < config.num_hidden_layers}
     least, weakest = base.check_sensitive(case, own, windows, logits)
+    if case["model"] is GptOssForCausalLM:
+        check_clamps(case, tensors, windows, logits)
+        if keep_fused:
+            save_file(fused(tensors), folder / "model.safetensors", metadata={"format": "pt"})
     exact = [run(fresh_model(case, tensors).double(), w) for w in windows]
     stds = [l.std().item() for l in logits]
     assert all(0.8 < s < 4 for s in stds), stds
@@ -356,13 +435,14 @@ def generate(case, out):
 def main():
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    out, only = Path(sys.argv[1]), set(sys.argv[2:])
+    keep_fused = "--fused" in sys.argv[2:]
+    out, only = Path(sys.argv[1]), set(sys.argv[2:]) - {"--fused"}
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}")
     chosen = [c for c in cases() if not only or c["name"] in only]
-    total = sum(generate(c, out) for c in chosen)
+    total = sum(generate(c, out, keep_fused) for c in chosen)
     print(f"{len(chosen)} cases, {total / 1024:.0f} KiB")
 
 

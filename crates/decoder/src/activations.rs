@@ -2,8 +2,8 @@
 
 use rayon::prelude::*;
 
-use crate::Activation;
 use crate::kernels::{TASK, exp, rows_per_task, simd_fn};
+use crate::{Activation, Glu};
 
 /// `x / (1 + exp(−x))`.
 #[inline(always)]
@@ -30,9 +30,29 @@ impl Activation {
     }
 }
 
+/// gpt-oss's gated unit. Comparisons, not `min` and `max`: those would hide NaN.
+#[inline(always)]
+fn clamped(gate: f32, up: f32, slope: f32, limit: f32) -> f32 {
+    let gate = if gate > limit { limit } else { gate };
+    let up = if up > limit { limit } else { up };
+    let up = if up < -limit { -limit } else { up };
+    (up + 1.0) * (gate / (1.0 + exp(-slope * gate)))
+}
+
+impl Glu {
+    /// The unit at one gate and up.
+    #[inline(always)]
+    pub fn apply(self, gate: f32, up: f32) -> f32 {
+        match self {
+            Self::Product(activation) => activation.apply(gate) * up,
+            Self::Clamped { slope, limit } => clamped(gate, up, slope, limit),
+        }
+    }
+}
+
 simd_fn! {
     fn gated_rows<'a>(
-        activation: Activation,
+        glu: Glu,
         out: &'a mut [f32],
         gate: &'a [f32],
         up: &'a [f32],
@@ -42,28 +62,24 @@ simd_fn! {
         let rows = gate.chunks(stride).zip(up.chunks(stride));
         for (out, (gate, up)) in out.chunks_exact_mut(width).zip(rows) {
             let values = out.iter_mut().zip(gate).zip(up);
-            match activation {
-                Activation::Silu => values.for_each(|((o, g), u)| *o = silu(*g) * u),
-                Activation::GeluTanh => values.for_each(|((o, g), u)| *o = gelu_tanh(*g) * u),
+            match glu {
+                Glu::Product(Activation::Silu) => values.for_each(|((o, g), u)| *o = silu(*g) * u),
+                Glu::Product(Activation::GeluTanh) => values.for_each(|((o, g), u)| *o = gelu_tanh(*g) * u),
+                Glu::Clamped { slope, limit } => {
+                    values.for_each(|((o, g), u)| *o = clamped(*g, *u, slope, limit));
+                }
             }
         }
     }
 }
 
-/// `activation(gate) · up` for `rows` rows of `width` values; row `r` of each starts at `r · stride` of its slice.
-pub(crate) fn gated(
-    activation: Activation,
-    gate: &[f32],
-    up: &[f32],
-    rows: usize,
-    width: usize,
-    stride: usize,
-) -> Vec<f32> {
+/// The gated unit for `rows` rows of `width` values; row `r` of each starts at `r · stride` of its slice.
+pub(crate) fn gated(glu: Glu, gate: &[f32], up: &[f32], rows: usize, width: usize, stride: usize) -> Vec<f32> {
     let mut out = vec![0f32; rows * width];
     let task = rows_per_task(width);
     let inputs = gate.par_chunks(task * stride).zip(up.par_chunks(task * stride));
     let tasks = out.par_chunks_mut(task * width).zip(inputs);
-    tasks.for_each(|(out, (gate, up))| gated_rows(activation, out, gate, up, width, stride));
+    tasks.for_each(|(out, (gate, up))| gated_rows(glu, out, gate, up, width, stride));
     out
 }
 
@@ -104,7 +120,7 @@ mod tests {
         let gate: Vec<f32> = (0..rows * width).map(|i| i as f32 * 0.012 - 10.0).collect();
         let up: Vec<f32> = (0..rows * width).map(|i| (i % 13) as f32 * 0.3 - 1.7).collect();
         for activation in [Activation::Silu, Activation::GeluTanh] {
-            let (one, two) = (activated(activation, &gate), gated(activation, &gate, &up, rows, width, width));
+            let (one, two) = (activated(activation, &gate), gated(activation.into(), &gate, &up, rows, width, width));
             for i in 0..gate.len() {
                 let wanted = definition(activation, f64::from(gate[i]));
                 let off = (f64::from(one[i]) - wanted).abs();
@@ -116,5 +132,24 @@ mod tests {
             }
             assert!(activated(activation, &[f32::NAN])[0].is_nan());
         }
+    }
+
+    #[test]
+    fn clamped_units_agree_with_the_definition() {
+        let (rows, width) = (7, 301);
+        let gate: Vec<f32> = (0..rows * width).map(|i| i as f32 * 0.013 - 14.0).collect();
+        let up: Vec<f32> = (0..rows * width).map(|i| (i % 41) as f32 * 0.5 - 10.0).collect();
+        let glu = Glu::Clamped { slope: 1.702, limit: 7.0 };
+        let found = gated(glu, &gate, &up, rows, width, width);
+        for i in 0..gate.len() {
+            let (g, u) = (f64::from(gate[i]).min(7.0), f64::from(up[i]).clamp(-7.0, 7.0));
+            let wanted = (u + 1.0) * g / (1.0 + (-f64::from(1.702f32) * g).exp());
+            assert!((f64::from(found[i]) - wanted).abs() <= 2e-6 * wanted.abs().max(5e-3), "{} {}", gate[i], up[i]);
+            assert_eq!(glu.apply(gate[i], up[i]), found[i]);
+        }
+        // Up alone changes the output by an offset too: no factor on it can be undone.
+        assert!(glu.apply(1.0, 0.0) != 0.0 && !glu.is_proportional_to_up());
+        let broken = gated(glu, &[f32::NAN, 1.0], &[1.0, f32::NAN], 1, 2, 2);
+        assert!(broken.iter().all(|v| v.is_nan()), "undefined values are not hidden");
     }
 }

@@ -28,6 +28,8 @@ pub(crate) struct Inputs<'a> {
     pub(crate) windows: usize,
     pub(crate) q_norm: Option<Norm<'a>>,
     pub(crate) k_norm: Option<Norm<'a>>,
+    /// `[heads]`, where the spec has them.
+    pub(crate) sinks: Option<&'a Tensor>,
     /// What the cache makes of keys and values; `None`: they stay as they are.
     pub(crate) kv: Option<&'a dyn KvTransform>,
 }
@@ -73,6 +75,7 @@ impl Block {
             windows,
             q_norm: attn.q_norm.as_ref().map(|norm| self.tensors_of(norm)).transpose()?,
             k_norm: attn.k_norm.as_ref().map(|norm| self.tensors_of(norm)).transpose()?,
+            sinks: attn.sinks.as_ref().map(|name| self.plain(name)).transpose()?,
             kv,
         };
         attention(&inputs, attn, rope, self.compute().is_composed())
@@ -114,15 +117,17 @@ fn on_cpu(inputs: &Inputs, spec: &GqaSpec, rope: &Rope) -> Result<Tensor, Decode
     let mut k = rotate(k_role, &k_columns, inputs.k_norm)?;
     let v = inputs.projection(v_role)?;
     let stride = v.dim(1)?;
+    let sinks = inputs.sinks.map(|sinks| with_cpu_slice(sinks, <[f32]>::to_vec)).transpose()?;
+    let sinks = sinks.as_deref();
     let out = with_cpu_slice(v, |data| {
         let v = Heads { data, stride, columns: &v_columns, dim: spec.head_dim };
-        let Some(kv) = inputs.kv else { return attend(&q, &k, v, inputs.windows, rope.tokens(), spec) };
+        let Some(kv) = inputs.kv else { return attend(&q, &k, v, sinks, inputs.windows, rope.tokens(), spec) };
         kv.apply(KvPart::Keys, &mut k, spec.head_dim);
         let mut data = gathered(v, rows);
         kv.apply(KvPart::Values, &mut data, spec.head_dim);
         let columns: Vec<usize> = (0..spec.kv_heads).map(|head| head * spec.head_dim).collect();
         let v = Heads { data: &data, stride: spec.kv_heads * spec.head_dim, columns: &columns, dim: spec.head_dim };
-        attend(&q, &k, v, inputs.windows, rope.tokens(), spec)
+        attend(&q, &k, v, sinks, inputs.windows, rope.tokens(), spec)
     })?;
     Ok(Tensor::from_vec(out, (rows, spec.heads * spec.head_dim), &candle_core::Device::Cpu)?)
 }
@@ -147,8 +152,16 @@ fn gathered(heads: Heads, rows: usize) -> Vec<f32> {
     out
 }
 
-/// Attention of `q` `(windows·tokens, heads·dim)` over `k` `(windows·tokens, kv_heads·dim)` and `v`.
-fn attend(q: &[f32], k: &[f32], v: Heads, windows: usize, tokens: usize, spec: &GqaSpec) -> Vec<f32> {
+/// Attention of `q` `(windows·tokens, heads·dim)` over `k` `(windows·tokens, kv_heads·dim)` and `v`, with `sinks` `[heads]`.
+fn attend(
+    q: &[f32],
+    k: &[f32],
+    v: Heads,
+    sinks: Option<&[f32]>,
+    windows: usize,
+    tokens: usize,
+    spec: &GqaSpec,
+) -> Vec<f32> {
     let (heads, dim, group) = (spec.heads, spec.head_dim, spec.heads / spec.kv_heads);
     let (q_stride, k_stride) = (heads * dim, spec.kv_heads * dim);
     let mut out = vec![0f32; windows * tokens * q_stride];
@@ -177,7 +190,8 @@ fn attend(q: &[f32], k: &[f32], v: Heads, windows: usize, tokens: usize, spec: &
             if let Some(cap) = spec.softcap {
                 kernels::softcap_rows(scores, keys, &spans, cap);
             }
-            kernels::softmax_rows(scores, keys, &spans, &mut scale[..count]);
+            let sink = sinks.map(|sinks| sinks[head]);
+            kernels::softmax_rows(scores, keys, &spans, sink, &mut scale[..count]);
             let values = Mat::window(v.data, (row + start) * v.stride + v.columns[kv], keys, dim, v.stride);
             let weights = Mat::new(scores, count, keys);
             gemm_into(&mut out[head * dim..], q_stride, 0.0, 1.0, weights, values, Threads::One);
@@ -262,9 +276,15 @@ pub(crate) fn composed(inputs: &Inputs, spec: &GqaSpec, rope: &Rope) -> Result<T
             })
             .collect();
         let mask = Tensor::from_vec(mask, (count, end - start), scores.device())?.to_dtype(DType::F32)?;
-        let scores = scores.broadcast_add(&mask)?;
+        let mut scores = scores.broadcast_add(&mask)?;
+        if let Some(sinks) = inputs.sinks {
+            let sinks = sinks.reshape((1, heads, 1, 1))?.expand((windows, heads, count, 1))?;
+            scores = Tensor::cat(&[&scores, &sinks.contiguous()?], 3)?;
+        }
         let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
         let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
+        // Sinks are behind the keys, and have no values.
+        let weights = weights.narrow(3, 0, end - start)?.contiguous()?;
         tiles.push(weights.matmul(&v.narrow(2, start, end - start)?.contiguous()?)?);
     }
     let out = Tensor::cat(&tiles, 2)?;

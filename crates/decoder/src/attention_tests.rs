@@ -81,7 +81,8 @@ fn definition(inputs: &Inputs, spec: &GqaSpec, rope: &Rope) -> Vec<f64> {
             let keys = start + first..=row;
             let weights: Vec<f64> =
                 keys.clone().map(|key| dot(&turned(1, key, h / group, inputs.k_norm)).exp()).collect();
-            let total: f64 = weights.iter().sum();
+            let sink = inputs.sinks.map_or(0.0, |sinks| f64::from(values(sinks)[h]).exp());
+            let total: f64 = weights.iter().sum::<f64>() + sink;
             let mut sum = vec![0f64; dim];
             for (key, weight) in keys.zip(weights) {
                 sum.iter_mut().zip(head(2, key, h / group)).for_each(|(s, v)| *s += weight / total * v);
@@ -92,10 +93,14 @@ fn definition(inputs: &Inputs, spec: &GqaSpec, rope: &Rope) -> Vec<f64> {
     out
 }
 
+const GPT_OSS: &str = r#", "num_local_experts": 2, "num_experts_per_tok": 1"#;
+
 #[test]
 fn tiles_and_composed_operations_agree_with_the_definition() {
     let device = Device::Cpu;
     for (arch, window, extra) in [
+        ("GptOssForCausalLM", None, GPT_OSS),
+        ("GptOssForCausalLM", Some(50), GPT_OSS),
         ("LlamaForCausalLM", None, ""),
         ("Qwen3ForCausalLM", Some(50), ""),
         ("InternLM2ForCausalLM", Some(1), ""),
@@ -121,11 +126,14 @@ fn tiles_and_composed_operations_agree_with_the_definition() {
         };
         let weights = attn.norm_widths().map(|width| Tensor::rand(0.5f32, 2.0, width, &device).unwrap());
         let norm = |i: usize, spec| Norm { spec, weight: &weights[i], bias: None };
+        // Between scores that nobody sees and scores that hide all others.
+        let sinks = Tensor::new(&[-3f32, 1.0, 4.0], &device).unwrap();
         let inputs = Inputs {
             projections: &projections,
             windows: WINDOWS,
             q_norm: attn.q_norm.as_ref().map(|spec| norm(0, spec)),
             k_norm: attn.k_norm.as_ref().map(|spec| norm(1, spec)),
+            sinks: attn.sinks.as_ref().map(|_| &sinks),
             kv: None,
         };
         let wanted = definition(&inputs, &attn, &rope);

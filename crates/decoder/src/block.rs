@@ -4,8 +4,8 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::norm::{Norm, load_norm};
 use crate::{
-    BlockSpec, Compute, DecoderError, DecoderSpec, InputId, KvTransform, MlpSpec, NormSpec, Role, Rope, Stream, Tap,
-    WeightSource, ops,
+    AttnSpec, BlockSpec, Compute, DecoderError, DecoderSpec, InputId, KvTransform, MlpSpec, NormSpec, Role, Rope,
+    Stream, Tap, WeightSource, ops,
 };
 
 /// One decoder block with its weights, all f32 on one device.
@@ -15,7 +15,7 @@ pub struct Block {
     hidden: usize,
     compute: Compute,
     linears: BTreeMap<Role, Linear>,
-    /// Weights and biases of norms, and what belongs to a router, by tensor name.
+    /// Weights and biases of norms, attention's sinks, and what belongs to a router, by tensor name.
     vectors: BTreeMap<String, Tensor>,
 }
 
@@ -59,14 +59,19 @@ impl Block {
         for (norm, width) in block.attn.norms() {
             vectors.extend(load_norm(source, norm, width, device)?);
         }
+        if let AttnSpec::Gqa(attn) = &block.attn
+            && let Some(sinks) = &attn.sinks
+        {
+            vectors.insert(sinks.clone(), load(source, sinks, &[attn.heads], device)?);
+        }
         if let Some(moe) = block.moe() {
             let mut plain = |name: &String, shape: &[usize]| -> Result<(), DecoderError> {
                 vectors.insert(name.clone(), load(source, name, shape, device)?);
                 Ok(())
             };
             plain(&moe.router.weight, &[moe.experts, spec.hidden])?;
-            if let Some(correction) = &moe.router.correction {
-                plain(correction, &[moe.experts])?;
+            for vector in moe.router.vectors() {
+                plain(vector, &[moe.experts])?;
             }
             if let Some(gate) = moe.shared.iter().find_map(|shared| shared.gate.as_ref()) {
                 plain(gate, &[1, spec.hidden])?;
@@ -100,7 +105,7 @@ impl Block {
         self.linears.get(&role)?.bias.as_ref()
     }
 
-    /// The weight or bias of a norm, or the weight of a router `[experts, hidden]`, by its tensor name.
+    /// The weight or bias of a norm, sinks `[heads]`, or what belongs to a router, by its tensor name.
     pub fn vector(&self, tensor: &str) -> Option<&Tensor> {
         self.vectors.get(tensor)
     }

@@ -33,6 +33,7 @@ impl Block {
             windows,
             q_norm: attn.q_norm.as_ref().map(|norm| self.tensors_of(norm)).transpose()?,
             k_norm: attn.k_norm.as_ref().map(|norm| self.tensors_of(norm)).transpose()?,
+            sinks: attn.sinks.as_ref().map(|name| self.plain(name)).transpose()?,
             kv: None,
         };
         let heads = composed(&inputs, attn, rope)?;

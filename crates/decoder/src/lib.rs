@@ -52,8 +52,8 @@ pub use rope::{Rope, RopeTables};
 pub use source::{CheckpointSource, WeightSource};
 pub use spec::{
     Activation, AttnSpec, BlockNorms, BlockSpec, DecoderSpec, EmbedSpec, FAMILIES, FamilyInfo, Fold, GateUpLayout,
-    GatedSpec, GqaSpec, HeadSpec, InputId, LATENT_ATTENTION, LatentSpec, MlaSpec, MlpSpec, MoeSpec, NormKind, NormSpec,
-    Part, PlainSpec, Producer, QkvLayout, Role, RopePairing, RopeScaling, RopeSpec, RouterSpec, Scoring, SharedSpec,
-    Site, SiteId, Stream, TensorNeed, WRAPPERS, WrapperInfo,
+    GatedSpec, Glu, GqaSpec, HeadSpec, InputId, LATENT_ATTENTION, LatentSpec, MlaSpec, MlpSpec, MoeSpec, NormKind,
+    NormSpec, Part, PlainSpec, Producer, QkvLayout, Role, RopePairing, RopeScaling, RopeSpec, RouterSpec, Scoring,
+    SharedSpec, Site, SiteId, Stream, TensorNeed, WRAPPERS, WrapperInfo,
 };
 pub use tap::{NoTap, Tap};

@@ -140,7 +140,7 @@ impl Block {
             (Role::K, heads_of(&k, heads, width, composed)?),
             (Role::V, heads_of(&v, heads, width, composed)?),
         ];
-        let inputs = Inputs { projections: &projections, windows, q_norm: None, k_norm: None, kv: None };
+        let inputs = Inputs { projections: &projections, windows, q_norm: None, k_norm: None, sinks: None, kv: None };
         let out = attention(&inputs, &mla.expanded(), rope, composed)?;
         if value == width {
             return Ok(out);

@@ -140,7 +140,8 @@ impl Block {
     pub fn router_scores(&self, normed: &Tensor) -> Result<Vec<f32>, DecoderError> {
         let moe = self.moe_spec()?;
         let weight = self.plain(&moe.router.weight)?;
-        let logits = ops::linear(normed, weight, None, self.compute().is_composed())?;
+        let bias = moe.router.bias.as_ref().map(|name| self.plain(name)).transpose()?;
+        let logits = ops::linear(normed, weight, bias, self.compute().is_composed())?;
         let mut scores = with_cpu_slice(&logits, <[f32]>::to_vec)?;
         moe.score(&mut scores);
         Ok(scores)
@@ -157,7 +158,7 @@ impl Block {
         Ok(moe.pick(&scores, correction.as_deref()))
     }
 
-    /// `act(gate(x)) · up(x)` of an expert: rows of its input to rows of its down's input.
+    /// Gate and up of an expert, joined ([`crate::Glu`]): rows of its input to rows of its down's input.
     ///
     /// # Errors
     /// If the block has no such expert, or `x` does not fit.
@@ -201,7 +202,7 @@ impl Block {
         let moe = self.moe_spec()?;
         let parts = [self.linear(roles[0], x)?, self.linear(roles[1], x)?];
         let width = parts[0].dim(1)?;
-        ops::gated(&parts, width, moe.activation, self.compute().is_composed())
+        ops::gated(&parts, width, moe.glu, self.compute().is_composed())
     }
 
     /// The feed-forward with experts: `normed` ([`Stream::MlpIn`]) to what is added to the residual stream. `see` is
@@ -325,6 +326,7 @@ mod tests {
     fn router(groups: (usize, usize), rank_by_two: bool) -> RouterSpec {
         RouterSpec {
             weight: String::new(),
+            bias: None,
             correction: None,
             scoring: Scoring::Softmax,
             groups,

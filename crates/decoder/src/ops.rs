@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Storage, Tensor};
 use lite_linalg::{Mat, Threads, gemm};
 
-use crate::{Activation, DecoderError, activations, kernels};
+use crate::{Activation, DecoderError, Glu, activations, kernels};
 
 /// Calls `f` with the values of `x` (f32) in row-major order. Copies only what is not contiguous on the CPU.
 ///
@@ -79,24 +79,25 @@ pub(crate) fn add(a: &Tensor, b: &Tensor, composed: bool) -> Result<Tensor, Deco
     Ok(Tensor::from_vec(out, a.shape(), a.device())?)
 }
 
-/// `activation(gate) · up`: from two tensors `(rows, width)`, or one `(rows, 2·width)` that holds the gate first.
+/// Gate and up to one: from two tensors `(rows, width)`, or one `(rows, 2·width)` that holds the gate first.
 pub(crate) fn gated(
     parts: &[Tensor],
     width: usize,
-    activation: Activation,
+    glu: impl Into<Glu>,
     composed: bool,
 ) -> Result<Tensor, DecoderError> {
+    let glu = glu.into();
     let (gate, up, start) = match parts {
         [both] => (both, both, width),
         [gate, up] => (gate, up, 0),
         _ => return Err(DecoderError::input(format!("{} gate and up projections, wanted 1 or 2", parts.len()))),
     };
     if composed {
-        return gated_composed(gate, up, start, width, activation);
+        return gated_composed(gate, up, start, width, glu);
     }
     let (rows, stride) = gate.dims2()?;
     let out = with_cpu_slice(gate, |gate| {
-        with_cpu_slice(up, |up| activations::gated(activation, gate, &up[start..], rows, width, stride))
+        with_cpu_slice(up, |up| activations::gated(glu, gate, &up[start..], rows, width, stride))
     })??;
     Ok(Tensor::from_vec(out, (rows, width), parts[0].device())?)
 }
@@ -107,9 +108,19 @@ pub(crate) fn gated_composed(
     up: &Tensor,
     start: usize,
     width: usize,
-    activation: Activation,
+    glu: impl Into<Glu>,
 ) -> Result<Tensor, DecoderError> {
-    Ok((activated_composed(&gate.narrow(1, 0, width)?, activation)? * up.narrow(1, start, width)?)?.contiguous()?)
+    let (gate, up) = (gate.narrow(1, 0, width)?, up.narrow(1, start, width)?);
+    Ok(match glu.into() {
+        Glu::Product(activation) => (activated_composed(&gate, activation)? * up)?.contiguous()?,
+        Glu::Clamped { slope, limit } => {
+            let limit = f64::from(limit);
+            let gate = gate.minimum(limit)?;
+            let up = (up.clamp(-limit, limit)? + 1.0)?;
+            let sigmoid = ((&gate * -f64::from(slope))?.exp()? + 1.0)?.recip()?;
+            ((gate * sigmoid)? * up)?.contiguous()?
+        }
+    })
 }
 
 /// `activation(x)`.
@@ -154,6 +165,10 @@ mod tests {
             let by_hand = (activated(&parts[0], activation, false).unwrap() * &parts[1]).unwrap();
             assert!(largest_difference(&stacked, &by_hand) < 1e-6, "{activation:?}");
         }
+        let glu = Glu::Clamped { slope: 1.702, limit: 1.2 };
+        let stacked = gated(std::slice::from_ref(&x), 24, glu, false).unwrap();
+        assert_eq!(largest_difference(&stacked, &gated(&parts, 24, glu, false).unwrap()), 0.0);
+        assert!(largest_difference(&stacked, &gated(&parts, 24, glu, true).unwrap()) < 1e-5);
 
         let w = random(5, 48);
         let bias = random(1, 5).squeeze(0).unwrap();

@@ -114,6 +114,9 @@ impl Network {
         let unsupported = |what: &str| TuneError::Unsupported { what: what.to_owned() };
         let spec = block.spec();
         let AttnSpec::Gqa(attn) = &spec.attn else { return Err(unsupported("this kind of attention")) };
+        if attn.sinks.is_some() {
+            return Err(unsupported("attention with sinks"));
+        }
         let (intermediate, nonlinearity) = match &spec.mlp {
             MlpSpec::Gated(mlp) => (mlp.intermediate, Nonlinearity::new(mlp.activation, true)?),
             MlpSpec::Plain(mlp) => (mlp.intermediate, Nonlinearity::new(mlp.activation, false)?),

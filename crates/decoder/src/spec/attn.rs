@@ -51,6 +51,9 @@ pub struct GqaSpec {
     pub scale: f32,
     /// Then they become `cap · tanh(score / cap)`, if there is a cap.
     pub softcap: Option<f32>,
+    /// Tensor `[heads]` of one more score per head: it takes its share of the softmax and adds nothing to the output
+    /// (Xiao et al. 2023, arXiv:2309.17453; learned as in gpt-oss).
+    pub sinks: Option<String>,
     /// Whether positions are those of [`DecoderSpec::local_rope`].
     pub local_rope: bool,
 }

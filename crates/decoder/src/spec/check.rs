@@ -47,12 +47,17 @@ impl DecoderSpec {
             for (attn_norm, width) in block.attn.norms() {
                 norm(attn_norm, width, inner);
             }
+            if let AttnSpec::Gqa(attn) = &block.attn
+                && let Some(sinks) = &attn.sinks
+            {
+                need(sinks, &[attn.heads], at, "`num_attention_heads`");
+            }
             if let Some(moe) = block.moe() {
                 let keys =
                     "the number of experts (`num_experts`, `num_local_experts` or `n_routed_experts`), `hidden_size`";
                 need(&moe.router.weight, &[moe.experts, self.hidden], at, keys);
-                if let Some(correction) = &moe.router.correction {
-                    need(correction, &[moe.experts], at, keys);
+                for vector in moe.router.vectors() {
+                    need(vector, &[moe.experts], at, keys);
                 }
                 if let Some(gate) = moe.shared.iter().find_map(|shared| shared.gate.as_ref()) {
                     need(gate, &[1, self.hidden], at, HIDDEN);

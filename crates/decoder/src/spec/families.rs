@@ -4,9 +4,9 @@ use super::config::Section;
 use super::dense_families::{BAICHUAN2, GEMMA2, GEMMA3, GLM, GLM4, GRANITE, OLMO2, STARCODER2};
 use super::mla::MlaRules;
 use super::moe::MoeRules;
-use super::moe_families::{DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, MIXTRAL, QWEN2_MOE, QWEN3_MOE};
+use super::moe_families::{DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE};
 use super::wrapper::WRAPPERS;
-use super::{Activation, GateUpLayout, NormKind, QkvLayout, RopePairing};
+use super::{Activation, GateUpLayout, NormKind, QkvLayout, RopePairing, RopeScaling};
 use crate::DecoderError;
 use crate::error::clean;
 
@@ -27,6 +27,8 @@ pub struct FamilyInfo {
     pub(super) o_bias: Bias,
     pub(super) mlp_bias: Bias,
     pub(super) qk_norm: QkNorm,
+    /// Whether attention has sinks, `{attn}.sinks`.
+    pub(super) sinks: bool,
     /// `head_dim` if absent; `None`: `hidden_size / num_attention_heads`.
     pub(super) head_dim: Option<usize>,
     /// `num_key_value_heads` if absent; `None`: `num_attention_heads`.
@@ -157,6 +159,8 @@ pub(super) struct RopeRules {
     pub(super) local_theta: Option<f64>,
     /// `original_max_position_embeddings` if absent everywhere; `None`: `max_position_embeddings`.
     pub(super) original_positions: Option<usize>,
+    /// The scaling of a config without rotary parameters; `None`: there is none.
+    pub(super) if_absent: Option<&'static RopeScaling>,
 }
 
 pub(super) const ROPE: RopeRules = RopeRules {
@@ -167,6 +171,7 @@ pub(super) const ROPE: RopeRules = RopeRules {
     theta: 10_000.0,
     local_theta: None,
     original_positions: None,
+    if_absent: None,
 };
 
 pub(super) const RMS: NormRules = NormRules { kind: NormKind::Rms, eps_key: "rms_norm_eps", eps: 1e-6 };
@@ -199,6 +204,7 @@ pub(super) const LLAMA: FamilyInfo = FamilyInfo {
     o_bias: Bias::Key("attention_bias", false),
     mlp_bias: Bias::Key("mlp_bias", false),
     qk_norm: QkNorm::None,
+    sinks: false,
     head_dim: None,
     kv_heads: None,
     norm: RMS,
@@ -328,6 +334,7 @@ pub static FAMILIES: &[FamilyInfo] = &[
     QWEN3_MOE,
     QWEN2_MOE,
     MIXTRAL,
+    GPT_OSS,
     GLM4_MOE,
     DEEPSEEK_V2,
     DEEPSEEK_V3,

@@ -216,6 +216,7 @@ impl<'a> Builder<'a> {
             window,
             scale: self.factors.attn,
             softcap: self.factors.attn_cap,
+            sinks: self.family.sinks.then(|| format!("{}.{index}.{}.sinks", self.style.name(names.blocks), names.attn)),
             local_rope: self.family.rope.local_theta.is_some() && window.is_some(),
         }
     }

@@ -175,6 +175,7 @@ impl MlaSpec {
             window: None,
             scale: self.scale,
             softcap: None,
+            sinks: None,
             local_rope: false,
         }
     }

@@ -167,6 +167,34 @@ pub enum Activation {
     GeluTanh,
 }
 
+/// How a gate and an up projection become one.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum Glu {
+    /// `act(gate) · up` (Shazeer 2020, arXiv:2002.05202).
+    Product(Activation),
+    /// `(u + 1) · g / (1 + exp(−slope · g))` with `g = min(gate, limit)` and `u` = up between `±limit` (gpt-oss).
+    Clamped {
+        /// Steepness of the sigmoid.
+        slope: f32,
+        /// Largest value of the gate, and largest magnitude of up.
+        limit: f32,
+    },
+}
+
+impl Glu {
+    /// Whether the output grows in proportion to up, so that a factor on a row of up can be undone behind it.
+    pub fn is_proportional_to_up(self) -> bool {
+        matches!(self, Self::Product(_))
+    }
+}
+
+impl From<Activation> for Glu {
+    fn from(activation: Activation) -> Self {
+        Self::Product(activation)
+    }
+}
+
 /// What a linear does in its block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
@@ -230,7 +258,7 @@ pub enum Stream {
     MlpMid,
     /// The rows of [`Stream::MlpIn`] that the router sends to this expert, read by its gate and up.
     ExpertIn(u32),
-    /// `act(gate) · up` of this expert, read by its down.
+    /// What this expert's gate and up make ([`Glu`]), read by its down.
     ExpertMid(u32),
     /// `act(gate) · up` of the shared expert, read by its down.
     SharedMid,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::config::Section;
-use super::{Activation, Fold, InputId, Part, Producer, Role, Site, SiteId, Stream};
+use super::{Activation, Fold, Glu, InputId, Part, Producer, Role, Site, SiteId, Stream};
 use crate::DecoderError;
 
 /// Most experts of a layer that are believed.
@@ -13,7 +13,7 @@ pub(super) const MAX_ALL_EXPERTS: usize = 1 << 18;
 /// Largest width of an expert that is believed.
 const MAX_WIDTH: usize = 1 << 20;
 
-/// A feed-forward of which every token passes through a few experts: `Σ w_e · down_e(act(gate_e(x)) · up_e(x))` over the
+/// A feed-forward of which every token passes through a few experts: `Σ w_e · down_e(glu(gate_e(x), up_e(x)))` over the
 /// experts that the router picks, and a shared expert beside them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MoeSpec {
@@ -27,8 +27,8 @@ pub struct MoeSpec {
     pub router: RouterSpec,
     /// The expert of all tokens.
     pub shared: Option<SharedSpec>,
-    /// Nonlinearity of the gates.
-    pub activation: Activation,
+    /// How gates and ups are joined.
+    pub glu: Glu,
 }
 
 /// A router: scores of all experts, the `top_k` best of them, and their weights.
@@ -36,6 +36,8 @@ pub struct MoeSpec {
 pub struct RouterSpec {
     /// Tensor `[experts, hidden]`; it is never quantized.
     pub weight: String,
+    /// Tensor `[experts]`, added to the logits.
+    pub bias: Option<String>,
     /// Tensor `[experts]`, added to the scores for the choice only (DeepSeek-V3, arXiv:2412.19437, §2.1.2).
     pub correction: Option<String>,
     /// Logits to scores.
@@ -48,6 +50,13 @@ pub struct RouterSpec {
     pub normalize: bool,
     /// Then they are multiplied by this.
     pub scale: f32,
+}
+
+impl RouterSpec {
+    /// Its tensors `[experts]`.
+    pub fn vectors(&self) -> impl Iterator<Item = &String> {
+        self.bias.iter().chain(&self.correction)
+    }
 }
 
 /// A router's logits to scores.
@@ -75,6 +84,11 @@ pub(super) struct MoeRules {
     pub(super) module: &'static str,
     /// Gate, up and down of a routed expert, as `{module}.experts.{e}.{name}`.
     pub(super) parts: [&'static str; 3],
+    /// Whether these have biases.
+    pub(super) bias: bool,
+    /// The router inside the feed-forward, and whether it has a bias.
+    pub(super) router: (&'static str, bool),
+    pub(super) joined: Joined,
     /// Module of the shared expert inside the feed-forward.
     pub(super) shared: Option<&'static str>,
     /// Whether the shared expert has a gate of its own, `{shared}_gate`.
@@ -87,6 +101,15 @@ pub(super) struct MoeRules {
     pub(super) shared_width: SharedWidth,
     pub(super) routing: Routing,
     pub(super) sparse: Sparse,
+}
+
+/// How a family joins gates and ups.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Joined {
+    /// [`Glu::Product`].
+    Product,
+    /// [`Glu::Clamped`] with this slope; the limit is under this key, or this.
+    Clamped { slope: f32, limit: (&'static str, f64) },
 }
 
 /// How the width of the shared expert is found.
@@ -151,6 +174,7 @@ impl MoeSpec {
         };
         let plain = RouterSpec {
             weight: String::new(),
+            bias: rules.router.1.then(String::new),
             correction: None,
             scoring: Scoring::Softmax,
             groups: (1, 1),
@@ -212,16 +236,30 @@ impl MoeSpec {
                 (width > 0).then_some(SharedSpec { intermediate: width, gate: None })
             }
         };
-        Ok(Self { experts, top_k, intermediate, router, shared, activation })
+        let glu = match rules.joined {
+            Joined::Product => Glu::Product(activation),
+            Joined::Clamped { slope, limit: (key, default) } => {
+                if activation != Activation::Silu {
+                    return Err(config.unsupported("hidden_act", "`silu` in this family"));
+                }
+                let limit = config.number(key, 1e-3..=1e6)?.unwrap_or(default) as f32;
+                Glu::Clamped { slope, limit }
+            }
+        };
+        Ok(Self { experts, top_k, intermediate, router, shared, glu })
     }
 
     /// The same experts in the layer whose module is `prefix`.
     pub(super) fn named(&self, prefix: &str, rules: &MoeRules) -> Self {
         let mut named = self.clone();
         let module = format!("{prefix}.{}", rules.module);
-        named.router.weight = format!("{module}.gate.weight");
+        let router = format!("{module}.{}", rules.router.0);
+        named.router.weight = format!("{router}.weight");
+        if let Some(bias) = &mut named.router.bias {
+            *bias = format!("{router}.bias");
+        }
         if let Some(correction) = &mut named.router.correction {
-            *correction = format!("{module}.gate.e_score_correction_bias");
+            *correction = format!("{router}.e_score_correction_bias");
         }
         if let (Some(shared), Some(name), true) = (&mut named.shared, rules.shared, rules.shared_gate) {
             shared.gate = Some(format!("{module}.{name}_gate.weight"));
@@ -243,7 +281,7 @@ impl MoeSpec {
                     out_features,
                     in_features,
                     input: InputId { block: index, stream: streams[i / 2] },
-                    bias: false,
+                    bias: rules.bias,
                     fused_group: if i < 2 { group.clone() } else { module.clone() },
                     module,
                 });
@@ -274,6 +312,9 @@ impl MoeSpec {
             producer,
         };
         let mut folds: Vec<Fold> = norm.map(of_norm).into_iter().collect();
+        if !self.glu.is_proportional_to_up() {
+            return folds;
+        }
         let mut own = |stream, up, down, rows: &Arc<[u32]>| {
             let site = |role| SiteId { block: index, role };
             folds.push(Fold {

@@ -3,7 +3,24 @@
 use super::RopePairing;
 use super::families::{Bias, FamilyInfo, LLAMA, NormRules, Positions, QkNorm, RMS, ROPE, RopeRules, Window};
 use super::mla::MlaRules;
-use super::moe::{MoeRules, Routing, SharedWidth, Sparse};
+use super::moe::{Joined, MoeRules, Routing, SharedWidth, Sparse};
+use super::rope::RopeScaling;
+
+/// What most families have in common.
+const MOE: MoeRules = MoeRules {
+    module: "mlp",
+    parts: ["gate_proj", "up_proj", "down_proj"],
+    bias: false,
+    router: ("gate", false),
+    joined: Joined::Product,
+    shared: None,
+    shared_gate: false,
+    experts: &["num_experts", "num_local_experts"],
+    intermediate: "moe_intermediate_size",
+    shared_width: SharedWidth::Times("n_shared_experts", 0),
+    routing: Routing::Softmax { normalize: None },
+    sparse: Sparse::Steps,
+};
 
 pub(super) const QWEN3_MOE: FamilyInfo = FamilyInfo {
     architecture: "Qwen3MoeForCausalLM",
@@ -16,17 +33,7 @@ pub(super) const QWEN3_MOE: FamilyInfo = FamilyInfo {
     kv_heads: Some(4),
     max_positions: Positions::Default(32_768),
     window: Window::Refused,
-    moe: Some(MoeRules {
-        module: "mlp",
-        parts: ["gate_proj", "up_proj", "down_proj"],
-        shared: None,
-        shared_gate: false,
-        experts: &["num_experts", "num_local_experts"],
-        intermediate: "moe_intermediate_size",
-        shared_width: SharedWidth::Times("n_shared_experts", 0),
-        routing: Routing::Softmax { normalize: None },
-        sparse: Sparse::Steps,
-    }),
+    moe: Some(MOE),
     ..LLAMA
 };
 
@@ -41,15 +48,10 @@ pub(super) const QWEN2_MOE: FamilyInfo = FamilyInfo {
     max_positions: Positions::Default(32_768),
     window: Window::Refused,
     moe: Some(MoeRules {
-        module: "mlp",
-        parts: ["gate_proj", "up_proj", "down_proj"],
         shared: Some("shared_expert"),
         shared_gate: true,
-        experts: &["num_experts", "num_local_experts"],
-        intermediate: "moe_intermediate_size",
         shared_width: SharedWidth::Key("shared_expert_intermediate_size"),
-        routing: Routing::Softmax { normalize: None },
-        sparse: Sparse::Steps,
+        ..MOE
     }),
     ..LLAMA
 };
@@ -68,28 +70,63 @@ pub(super) const MIXTRAL: FamilyInfo = FamilyInfo {
     moe: Some(MoeRules {
         module: "block_sparse_moe",
         parts: ["w1", "w3", "w2"],
-        shared: None,
-        shared_gate: false,
         experts: &["num_local_experts"],
         intermediate: "intermediate_size",
-        shared_width: SharedWidth::Times("n_shared_experts", 0),
         routing: Routing::Softmax { normalize: Some(true) },
         sparse: Sparse::All,
+        ..MOE
+    }),
+    ..LLAMA
+};
+
+/// gpt-oss's rotary embedding where config.json has none.
+static GPT_OSS_YARN: RopeScaling = RopeScaling::Yarn {
+    factor: 32.0,
+    // 0.1 · ln 32 + 1
+    attention_factor: 1.346_573_590_279_972_7,
+    beta_fast: 32.0,
+    beta_slow: 1.0,
+    truncate: false,
+    original: 4096,
+};
+
+/// Experts as the checkpoint reader presents them: one by one, gate and up apart.
+pub(super) const GPT_OSS: FamilyInfo = FamilyInfo {
+    architecture: "GptOssForCausalLM",
+    model_type: "gpt_oss",
+    title: "gpt-oss 20B, 120B",
+    qkv_bias: Bias::Key("attention_bias", true),
+    o_bias: Bias::Key("attention_bias", true),
+    mlp_bias: Bias::Never,
+    sinks: true,
+    head_dim: Some(64),
+    kv_heads: Some(8),
+    norm: NormRules { eps: 1e-5, ..RMS },
+    max_positions: Positions::Default(131_072),
+    window: Window::Alternating { period: 2, period_key: None, default: 128 },
+    rope: RopeRules { theta: 150_000.0, if_absent: Some(&GPT_OSS_YARN), ..ROPE },
+    moe: Some(MoeRules {
+        bias: true,
+        router: ("router", true),
+        joined: Joined::Clamped { slope: 1.702, limit: ("swiglu_limit", 7.0) },
+        experts: &["num_local_experts", "num_experts"],
+        intermediate: "intermediate_size",
+        // A softmax over the chosen logits is that over all, normalised.
+        routing: Routing::Softmax { normalize: Some(true) },
+        sparse: Sparse::All,
+        ..MOE
     }),
     ..LLAMA
 };
 
 /// DeepSeek's experts, as DeepSeek-V2 has them.
 const DEEPSEEK_MOE: MoeRules = MoeRules {
-    module: "mlp",
-    parts: ["gate_proj", "up_proj", "down_proj"],
     shared: Some("shared_experts"),
-    shared_gate: false,
     experts: &["n_routed_experts", "num_experts", "num_local_experts"],
-    intermediate: "moe_intermediate_size",
     shared_width: SharedWidth::Times("n_shared_experts", 2),
     routing: Routing::SoftmaxGroups,
     sparse: Sparse::AfterFirst(0),
+    ..MOE
 };
 
 pub(super) const GLM4_MOE: FamilyInfo = FamilyInfo {

@@ -121,7 +121,7 @@ impl Place<'_> {
                 ),
             });
         }
-        let scaling = RopeScaling::Default;
+        let scaling = rules.if_absent.cloned().unwrap_or(RopeScaling::Default);
         let mut spec = RopeSpec { theta, rotary_dim, pairing: rules.pairing, max_positions, scaling };
         if let Some(section) = section {
             spec.scaling = spec.read_scaling(config, &section, rules)?;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lite_decoder::{DecoderError, DecoderSpec, ErrorKind, RouterSpec, Scoring};
+use lite_decoder::{AttnSpec, DecoderError, DecoderSpec, ErrorKind, Glu, RopeScaling, RouterSpec, Scoring};
 use serde_json::{Map, Value, json};
 
 use crate::fixture::{Fixture, object, root};
@@ -53,6 +53,12 @@ fn settings_that_contradict_each_other_are_named() {
             vec!["`shared_expert_intermediate_size` is missing"],
         ),
         ("mixtral", json!({"num_local_experts": "8"}), Input, vec!["`num_local_experts` is \"8\""]),
+        ("gpt-oss", json!({"num_local_experts": 0}), Input, vec!["`num_local_experts` is 0"]),
+        ("gpt-oss", json!({"swiglu_limit": 0}), Input, vec!["`swiglu_limit` is 0", "from 0.001"]),
+        ("gpt-oss", json!({"swiglu_limit": "7"}), Input, vec!["`swiglu_limit` is \"7\""]),
+        ("gpt-oss", json!({"hidden_act": "gelu_new"}), Unsupported, vec!["`hidden_act`", "`silu` in this family"]),
+        ("gpt-oss", json!({"attention_bias": "yes"}), Input, vec!["`attention_bias` is \"yes\""]),
+        ("gpt-oss", json!({"layer_types": ["full_attention"]}), Input, vec!["`layer_types`", "each of the 2 layers"]),
         (
             "glm4-moe",
             json!({"n_group": 3}),
@@ -140,6 +146,56 @@ fn absent_keys_mean_what_the_family_says() {
     assert_eq!(layers(json!({"num_nextn_predict_layers": null})), 1);
     assert_eq!(layers(json!({"num_nextn_predict_layers": 0})), 0);
     assert_eq!(DecoderSpec::from_config(&config("qwen3-moe", json!({"num_mtp_layers": 2}))).unwrap().mtp_layers, 0);
+}
+
+#[test]
+fn absent_keys_of_gpt_oss_are_those_of_its_class() {
+    let none = json!({"rope_scaling": null, "rope_theta": null, "sliding_window": null, "layer_types": null,
+        "swiglu_limit": null, "attention_bias": null, "head_dim": null, "num_key_value_heads": null,
+        "num_attention_heads": 16, "rms_norm_eps": null, "max_position_embeddings": null});
+    let spec = DecoderSpec::from_config(&config("gpt-oss", none)).unwrap();
+    let RopeScaling::Yarn { factor, attention_factor, original, truncate, .. } = spec.rope.scaling else {
+        panic!("{:?}", spec.rope)
+    };
+    assert_eq!((factor, original, truncate, spec.rope.theta, spec.max_positions), (32.0, 4096, false, 15e4, 131_072));
+    assert!((attention_factor - (0.1 * 32f64.ln() + 1.0)).abs() < 1e-12);
+    let attn = |i: usize| match &spec.blocks[i].attn {
+        AttnSpec::Gqa(attn) => attn,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!((attn(0).window, attn(1).window), (Some(128), None));
+    assert_eq!((attn(0).head_dim, attn(0).kv_heads, attn(0).sinks.is_some()), (64, 8, true));
+    let moe = spec.blocks[1].moe().unwrap();
+    assert_eq!(moe.glu, Glu::Clamped { slope: 1.702, limit: 7.0 });
+    assert_eq!(moe.router.bias.as_deref(), Some("model.layers.1.mlp.router.bias"));
+    assert!(spec.sites().all(|site| site.bias));
+}
+
+#[test]
+fn what_gpt_oss_lacks_is_named() {
+    let (right, all) = (config("gpt-oss", json!({})), shapes("gpt-oss"));
+    check(&right, &all).unwrap();
+    for tensor in [
+        "model.layers.0.self_attn.sinks",
+        "model.layers.1.mlp.router.bias",
+        "model.layers.1.mlp.experts.5.down_proj.bias",
+        "model.layers.0.self_attn.o_proj.bias",
+    ] {
+        let mut shapes = all.clone();
+        assert!(shapes.remove(tensor).is_some(), "{tensor}");
+        let error = check(&right, &shapes).unwrap_err();
+        assert!(matches!(error, DecoderError::MissingTensors { count: 1, .. }), "{error}");
+        assert!(error.to_string().contains(&format!("`{tensor}`")), "{error}");
+        shapes.insert(tensor.to_owned(), vec![3]);
+        let error = check(&right, &shapes).unwrap_err();
+        assert!(matches!(error, DecoderError::Shape { .. }) && error.to_string().contains(tensor), "{error}");
+    }
+    let fewer = config("gpt-oss", json!({"num_local_experts": 5}));
+    let message = check(&fewer, &all).unwrap_err().to_string();
+    assert!(
+        message.contains("model.layers.0.mlp.router.weight`") && message.contains("num_local_experts"),
+        "{message}"
+    );
 }
 
 type Shapes = BTreeMap<String, Vec<usize>>;

@@ -23,6 +23,7 @@ pub(crate) const CASES: &[&str] = &[
     "glm4",
     "glm4-moe",
     "glm4-moe-mtp",
+    "gpt-oss",
     "granite",
     "internlm2",
     "internlm2-dynamic",

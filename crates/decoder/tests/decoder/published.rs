@@ -73,6 +73,18 @@ fn published(config: &Map<String, Value>) -> BTreeMap<String, Vec<usize>> {
                     add(format!("{p}.block_sparse_moe.experts.{e}.{name}.weight"), &shape);
                 }
             }
+        } else if family == "gpt_oss" {
+            // As the checkpoint reader presents the experts, which are published fused.
+            add(format!("{p}.self_attn.sinks"), &[heads]);
+            add(format!("{p}.self_attn.o_proj.bias"), &[h]);
+            add(format!("{p}.mlp.router.weight"), &[n("num_local_experts"), h]);
+            add(format!("{p}.mlp.router.bias"), &[n("num_local_experts")]);
+            for e in 0..n("num_local_experts") {
+                for (name, shape) in [("gate", [m, h]), ("up", [m, h]), ("down", [h, m])] {
+                    add(format!("{p}.mlp.experts.{e}.{name}_proj.weight"), &shape);
+                    add(format!("{p}.mlp.experts.{e}.{name}_proj.bias"), &shape[..1]);
+                }
+            }
         } else if family == "qwen3_moe" {
             let width = n("moe_intermediate_size");
             add(format!("{p}.mlp.gate.weight"), &[n("num_experts"), h]);
@@ -89,13 +101,13 @@ fn published(config: &Map<String, Value>) -> BTreeMap<String, Vec<usize>> {
             add(format!("{p}.mlp.gate_up_proj.weight"), &[2 * m, h]);
             continue;
         }
-        if !["mixtral", "qwen3_moe"].contains(&family) {
+        if !["mixtral", "qwen3_moe", "gpt_oss"].contains(&family) {
             add(format!("{p}.mlp.gate_proj.weight"), &[m, h]);
             add(format!("{p}.mlp.up_proj.weight"), &[m, h]);
         }
         for (name, count) in [("q", heads), ("k", kv), ("v", kv)] {
             add(format!("{p}.self_attn.{name}_proj.weight"), &[count * d, h]);
-            if family == "qwen2" {
+            if ["qwen2", "gpt_oss"].contains(&family) {
                 add(format!("{p}.self_attn.{name}_proj.bias"), &[count * d]);
             }
         }

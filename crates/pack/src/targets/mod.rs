@@ -4,6 +4,7 @@
 //! violation carries the place it comes from. An engine that would load a checkpoint wrongly without
 //! saying so is treated like one that refuses it.
 
+mod gpt_oss;
 mod lmdeploy_pytorch;
 mod mixed;
 mod rules;
@@ -170,6 +171,7 @@ pub fn check(
         }
     }
     mixed::check(target, &mut rules);
+    gpt_oss::check(target, &mut rules);
     rules.found.sort_by_key(|violation| violation.severity != Severity::Refused);
     rules.found
 }

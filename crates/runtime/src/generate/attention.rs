@@ -11,8 +11,8 @@ use super::ops::{softcap, softmax};
 const TILE: usize = 64;
 
 /// The heads' outputs `(tokens, heads·head_dim)` of rotated queries `q` of that shape, whose tokens are the last of those
-/// in the cache.
-pub(super) fn attend(spec: &GqaSpec, cache: &BlockCache, q: &[f32], past: usize) -> Vec<f32> {
+/// in the cache; `sinks` `[heads]` are one more score each.
+pub(super) fn attend(spec: &GqaSpec, sinks: Option<&[f32]>, cache: &BlockCache, q: &[f32], past: usize) -> Vec<f32> {
     let (dim, group) = (spec.head_dim, spec.heads / spec.kv_heads);
     let width = spec.heads * dim;
     let tokens = q.len() / width;
@@ -36,6 +36,8 @@ pub(super) fn attend(spec: &GqaSpec, cache: &BlockCache, q: &[f32], past: usize)
                 let queries = Mat::window(q, offset, rows, dim, if count == 1 { dim } else { width });
                 gemm_into(&mut scores, end - start, 0.0, spec.scale, queries, keys.t(), Threads::One);
                 for (row, scores) in scores.chunks_exact_mut(end - start).enumerate() {
+                    let member = if count == 1 { row } else { product };
+                    let sink = sinks.map(|sinks| sinks[kv * group + member]);
                     let row = if count == 1 { first } else { first + row };
                     let (low, high) = (from(row) - start, past + row + 1 - start);
                     scores[..low].fill(0.0);
@@ -43,7 +45,7 @@ pub(super) fn attend(spec: &GqaSpec, cache: &BlockCache, q: &[f32], past: usize)
                     if let Some(cap) = spec.softcap {
                         softcap(&mut scores[low..high], cap);
                     }
-                    softmax(&mut scores[low..high]);
+                    softmax(&mut scores[low..high], sink);
                 }
                 let weights = Mat::new(&scores, rows, end - start);
                 let stride = if count == 1 { dim } else { group * dim };

@@ -175,7 +175,7 @@ impl ResidentModel {
             (precision, _) => Rounding::Precision(precision),
         };
         let q = heads(attn, block, rounding, &mut cache.blocks[index], rotation, &parts)?;
-        let mut out = attend(attn, &cache.blocks[index], &q, past);
+        let mut out = attend(attn, block.sinks.as_deref(), &cache.blocks[index], &q, past);
         seen(Stream::AttnOut, &mut out, attn.heads * attn.head_dim)?;
         for (_, linear) in block.reading(Stream::AttnOut) {
             add_to(x, linear.forward(&out), &block.attn_out_norm);

@@ -4,7 +4,7 @@ use lite_decoder::{BlockSpec, MoeSpec, Part, Role, Stream, scatter};
 use lite_kernels::Matrix;
 
 use super::forward::no_part;
-use super::linear::multiply;
+use super::linear::{Linear, multiply};
 use super::model::{Loader, ResidentBlock};
 use super::ops::gated;
 use crate::RuntimeError;
@@ -13,7 +13,7 @@ use crate::RuntimeError;
 #[derive(Debug)]
 pub(super) struct Mixture {
     /// `[experts, hidden]`
-    router: Matrix,
+    router: Linear,
     /// `[experts]`
     correction: Option<Vec<f32>>,
     /// `[1, hidden]`
@@ -22,18 +22,19 @@ pub(super) struct Mixture {
 
 impl Mixture {
     pub(super) fn load(moe: &MoeSpec, hidden: usize, loader: &Loader) -> Result<Self, RuntimeError> {
-        let correction = moe.router.correction.as_ref().map(|name| loader.vector(name, moe.experts));
+        let vector = |name: &Option<String>| name.as_ref().map(|name| loader.vector(name, moe.experts)).transpose();
+        let weight = loader.matrix(&moe.router.weight, moe.experts, hidden)?;
         let gate = moe.shared.iter().find_map(|shared| shared.gate.as_ref());
         Ok(Self {
-            router: loader.matrix(&moe.router.weight, moe.experts, hidden)?,
-            correction: correction.transpose()?,
+            router: Linear { weight, bias: vector(&moe.router.bias)? },
+            correction: vector(&moe.router.correction)?,
             shared_gate: gate.map(|name| loader.matrix(name, 1, hidden)).transpose()?,
         })
     }
 
     /// Bytes that one token reads.
     pub(super) fn bytes(&self) -> usize {
-        self.router.bytes() + self.shared_gate.as_ref().map_or(0, Matrix::bytes)
+        self.router.weight.bytes() + self.shared_gate.as_ref().map_or(0, Matrix::bytes)
     }
 }
 
@@ -53,11 +54,11 @@ pub(super) fn forward(
     let run = |roles: [Role; 3], middle: Stream, width, x: &[f32]| -> Result<Vec<f32>, RuntimeError> {
         let linear = |role| block.linear(role).ok_or_else(missing);
         let (mut gate, up) = (linear(roles[0])?.forward(x), linear(roles[1])?.forward(x));
-        gated(moe.activation, &mut gate, &up);
+        gated(moe.glu, &mut gate, &up);
         seen(middle, &mut gate, width)?;
         Ok(linear(roles[2])?.forward(&gate))
     };
-    let mut scores = multiply(&mixture.router, normed);
+    let mut scores = mixture.router.forward(normed);
     moe.score(&mut scores);
     let routing = moe.pick(&scores, mixture.correction.as_deref());
     let mut sum = vec![0f32; normed.len()];

@@ -45,6 +45,8 @@ pub(super) struct ResidentBlock {
     pub(super) mlp_out_norm: Option<Norm>,
     pub(super) q_norm: Option<Norm>,
     pub(super) k_norm: Option<Norm>,
+    /// `[heads]`
+    pub(super) sinks: Option<Vec<f32>>,
     /// Where the feed-forward has experts.
     pub(super) mixture: Option<Mixture>,
 }
@@ -184,6 +186,7 @@ impl ResidentBlock {
             mlp_out_norm: norm(&spec.norms.mlp_out, hidden)?,
             q_norm: norm(&attn.q_norm, q_width)?,
             k_norm: norm(&attn.k_norm, k_width)?,
+            sinks: attn.sinks.as_ref().map(|name| loader.vector(name, attn.heads)).transpose()?,
         })
     }
 

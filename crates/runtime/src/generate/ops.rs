@@ -1,6 +1,6 @@
 //! The elementwise parts of a block, on rows.
 
-use lite_decoder::{Activation, RopePairing, RopeSpec, exp};
+use lite_decoder::{Activation, Glu, RopePairing, RopeSpec, exp};
 use rayon::prelude::*;
 
 /// Rows of one task, about this many values.
@@ -36,16 +36,17 @@ pub(super) fn scale(x: &mut [f32], factor: f32) {
     }
 }
 
-/// `activation(gate) · up` into `gate`, which are rows of `width` values: of two matrices.
-pub(super) fn gated(activation: Activation, gate: &mut [f32], up: &[f32]) {
+/// Gate and up, of two matrices, to one, which is put into `gate`.
+pub(super) fn gated(glu: impl Into<Glu>, gate: &mut [f32], up: &[f32]) {
+    let glu = glu.into();
     gate.par_chunks_mut(TASK).zip(up.par_chunks(TASK)).for_each(|(gate, up)| {
         for (g, u) in gate.iter_mut().zip(up) {
-            *g = activation.apply(*g) * u;
+            *g = glu.apply(*g, *u);
         }
     });
 }
 
-/// The same of one matrix whose rows hold the gate first: `(rows, 2·width)` to `(rows, width)`.
+/// `activation(gate) · up` of one matrix whose rows hold the gate first: `(rows, 2·width)` to `(rows, width)`.
 pub(super) fn gated_stacked(activation: Activation, both: &[f32], width: usize) -> Vec<f32> {
     let mut out = vec![0f32; both.len() / 2];
     let width = width.max(1);
@@ -71,9 +72,9 @@ pub(super) fn softcap(x: &mut [f32], cap: f32) {
     }
 }
 
-/// Softmax of one row, in place.
-pub(super) fn softmax(row: &mut [f32]) {
-    let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+/// Softmax of one row, in place; a `sink` is one more score that takes its share.
+pub(super) fn softmax(row: &mut [f32], sink: Option<f32>) {
+    let largest = row.iter().chain(&sink).copied().fold(f32::NEG_INFINITY, f32::max);
     let mut lanes = [0f32; LANES];
     let (chunks, rest) = row.as_chunks_mut::<LANES>();
     for chunk in chunks {
@@ -87,6 +88,7 @@ pub(super) fn softmax(row: &mut [f32]) {
         *v = exp(*v - largest);
         total += *v;
     }
+    total += sink.map_or(0.0, |sink| exp(sink - largest));
     let inverse = 1.0 / total;
     for v in row.iter_mut() {
         *v *= inverse;

@@ -269,7 +269,7 @@ impl WeightSource for Dequantized<'_> {
 /// Packed linears give the logits of the values that their codes stand for, as a long prompt and one token at a time.
 #[test]
 fn codes_give_the_logits_of_their_values() {
-    for name in ["qwen3", "phi3", "llama-bias"] {
+    for name in ["qwen3", "phi3", "llama-bias", "gpt-oss"] {
         let (model, case) = cases().remove(name).unwrap();
         let dir = folder(name);
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
