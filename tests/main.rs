@@ -2,6 +2,7 @@
 #![allow(clippy::print_stderr, reason = "a skipped test says so")]
 
 mod e2e {
+    mod arch;
     mod bad_input;
     mod bad_matrix;
     mod convert;

@@ -61,7 +61,7 @@ fn checkpoint(dir: &Path) -> (Value, std::collections::BTreeMap<String, Raw>) {
     (config(dir), tensors(dir))
 }
 
-/// Every recipe below `configs/`, without the manifests of `k8s/`.
+/// Every recipe below `configs/`, without the manifests of `k8s/` and the architectures of `arch/`.
 fn recipes() -> Vec<PathBuf> {
     fn walk(dir: &Path, into: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(dir).unwrap() {
@@ -75,7 +75,7 @@ fn recipes() -> Vec<PathBuf> {
     }
     let mut found = Vec::new();
     walk(&root().join("configs"), &mut found);
-    found.retain(|path| !path.components().any(|part| part.as_os_str() == "k8s"));
+    found.retain(|path| !path.components().any(|part| ["k8s", "arch"].iter().any(|other| part.as_os_str() == *other)));
     found.sort();
     found
 }

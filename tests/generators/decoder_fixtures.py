@@ -260,6 +260,32 @@ def cases():
         published(b, "glm4", "Glm4ForCausalLM", BF16, "4.52.0.dev0", **dict(glm, attention_bias=False)),
         [dict(rms_norm_eps=1e-5)])
 
+    # ChatGLM3 and GLM-4 9B as first published have no class in transformers: Glm computes the same function.
+    for name, arch, eps, ratio in (("chatglm3", "ChatGLMModel", 1e-5, None),
+                                   ("glm4-chat", "ChatGLMForConditionalGeneration", 0.01, 50)):
+        b = llama_build(head_dim=16, attention_bias=True, pad_token_id=0, rms_norm_eps=eps,
+                        rope_parameters=rope("default", 10000.0 * (ratio or 1), partial_rotary_factor=0.5))
+        config = dict(
+            add_bias_linear=False, add_qkv_bias=True, apply_query_key_layer_scaling=True,
+            apply_residual_connection_post_layernorm=False, architectures=[arch], attention_dropout=0.0,
+            attention_softmax_in_fp32=True, auto_map={
+                "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+                "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
+                "AutoModelForCausalLM": "modeling_chatglm.ChatGLMForConditionalGeneration"},
+            bias_dropout_fusion=True, eos_token_id=2, ffn_hidden_size=b["intermediate_size"],
+            fp32_residual_connection=False, hidden_dropout=0.0, hidden_size=b["hidden_size"], kv_channels=b["head_dim"],
+            layernorm_epsilon=eps, model_type="chatglm", multi_query_attention=True,
+            multi_query_group_num=b["num_key_value_heads"], num_attention_heads=b["num_attention_heads"],
+            num_layers=b["num_hidden_layers"], original_rope=True, pad_token_id=0, padded_vocab_size=b["vocab_size"],
+            post_layer_norm=True, rmsnorm=True, seq_length=b["max_position_embeddings"], tie_word_embeddings=False,
+            torch_dtype="bfloat16", transformers_version="4.30.2", use_cache=True)
+        if ratio is not None:
+            config.update(rope_ratio=ratio, num_hidden_layers=b["num_hidden_layers"])
+        add(name, "chatglm", GlmForCausalLM, BF16, [40, 40], b, config,
+            [dict(rms_norm_eps=0.01 if ratio is None else 1e-5),
+             dict(rope_parameters=rope("default", 10000.0 if ratio else 500000.0, partial_rotary_factor=0.5)),
+             dict(rope_parameters=rope("default", 10000.0 * (ratio or 1), partial_rotary_factor=1.0))])
+
     # Gemma 2: every second layer within the window; both caps low enough to matter.
     gemma = dict(hidden_activation="gelu_pytorch_tanh", head_dim=16, query_pre_attn_scalar=24, sliding_window=12,
                  tie_word_embeddings=True)
@@ -402,6 +428,13 @@ def published_names(family, layers, build, tied):
             biased = biased + (qkv + o if attn_bias else [])
             biased = biased + (["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if mlp_bias else [])
         names |= {f"{p}{t}.weight" for t in tails} | {f"{p}{t}.bias" for t in biased}
+    if family == "chatglm":
+        linears = ["self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
+        names = {f"transformer.encoder.layers.{i}.{t}.weight" for i in range(layers)
+                 for t in linears + ["input_layernorm", "post_attention_layernorm"]}
+        names |= {f"transformer.encoder.layers.{i}.{linears[0]}.bias" for i in range(layers)}
+        return names | {"transformer.embedding.word_embeddings.weight", "transformer.encoder.final_layernorm.weight",
+                        "transformer.output_layer.weight", "transformer.rotary_pos_emb.inv_freq"}
     if family == "internlm2":
         return names | {"model.tok_embeddings.weight", "model.norm.weight", "output.weight"}
     names |= {"model.embed_tokens.weight", "model.norm.weight"}
@@ -546,6 +579,79 @@ def baichuan2_forward(cfg, w, ids):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# ChatGLM3 and GLM-4 9B as first published: other names, q, k and v in one matrix, and a buffer among the tensors
+
+CHATGLM_NAMES = {
+    "model.embed_tokens": "transformer.embedding.word_embeddings", "lm_head": "transformer.output_layer",
+    "model.norm": "transformer.encoder.final_layernorm", "model.layers": "transformer.encoder.layers",
+    "self_attn.o_proj": "self_attention.dense", "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+    "mlp.down_proj": "mlp.dense_4h_to_h",
+}
+INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
+
+
+def to_chatglm(tensors, config):
+    out = {}
+    for name, t in tensors.items():
+        if ".k_proj." in name or ".v_proj." in name:
+            continue
+        if ".q_proj." in name:
+            t = torch.cat([tensors[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
+            name = name.replace("self_attn.q_proj", "self_attention.query_key_value")
+        for a, b in CHATGLM_NAMES.items():
+            name = name.replace(a, b)
+        out[name] = t.contiguous()
+    n = config["kv_channels"] // 2
+    out[INV_FREQ] = (1.0 / 10000.0 ** (torch.arange(0, n, 2, dtype=F32) / n)).to(t.dtype)
+    return out
+
+
+def from_chatglm(tensors, build):
+    out = {}
+    rows = [build["head_dim"] * build[k] for k in ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")]
+    for name, t in tensors.items():
+        if name == INV_FREQ:
+            continue
+        for a, b in CHATGLM_NAMES.items():
+            name = name.replace(b, a)
+        if ".query_key_value." in name:
+            for x, part in zip("qkv", t.split(rows)):
+                out[name.replace("self_attention.query_key_value", f"self_attn.{x}_proj")] = part.contiguous()
+        else:
+            out[name] = t
+    return out
+
+
+def chatglm_forward(cfg, w, ids):
+    """The forward published with ChatGLM3 and GLM-4 9B, for one window of ids [tokens]; all in f32."""
+    t, heads, kv, d = ids.shape[0], cfg["num_attention_heads"], cfg["multi_query_group_num"], cfg["kv_channels"]
+    n, eps, m = d // 2, cfg["layernorm_epsilon"], cfg["ffn_hidden_size"]
+    base = 10000.0 * cfg.get("rope_ratio", 1)
+    angle = torch.outer(torch.arange(t, dtype=F32), 1.0 / base ** (torch.arange(0, n, 2, dtype=F32) / n))
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+
+    def rotate(x):
+        a, b = x[..., 0:n:2], x[..., 1:n:2]
+        return torch.cat([torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2), x[..., n:]], dim=-1)
+
+    def norm(x, name):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * w[name + ".weight"]
+
+    x = w["transformer.embedding.word_embeddings.weight"][ids]
+    for i in range(cfg["num_layers"]):
+        p = f"transformer.encoder.layers.{i}."
+        qkv = norm(x, p + "input_layernorm") @ w[p + "self_attention.query_key_value.weight"].T
+        qkv = qkv + w[p + "self_attention.query_key_value.bias"]
+        q, k, v = (part.view(t, -1, d) for part in qkv.split([heads * d, kv * d, kv * d], dim=-1))
+        q, k, v = rotate(q), rotate(k).repeat_interleave(heads // kv, 1), v.repeat_interleave(heads // kv, 1)
+        out = F.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), is_causal=True)
+        x = x + out.transpose(0, 1).reshape(t, -1) @ w[p + "self_attention.dense.weight"].T
+        y = norm(x, p + "post_attention_layernorm") @ w[p + "mlp.dense_h_to_4h.weight"].T
+        x = x + (F.silu(y[:, :m]) * y[:, m:]) @ w[p + "mlp.dense_4h_to_h.weight"].T
+    return norm(x, "transformer.encoder.final_layernorm") @ w["transformer.output_layer.weight"].T
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Reference logits
 
 
@@ -577,6 +683,8 @@ def class_tensors(case, folder):
         tensors = from_internlm2(tensors, case["build"]["num_attention_heads"], case["build"]["num_key_value_heads"])
     if case["family"] == "baichuan2":
         tensors = from_baichuan2(tensors)
+    if case["family"] == "chatglm":
+        tensors = from_chatglm(tensors, case["build"])
     return tensors
 
 
@@ -645,6 +753,10 @@ def generate(case, out):
         save_file(to_baichuan2(load_file(folder / "model.safetensors")), folder / "model.safetensors",
                   metadata={"format": "pt"})
         in_transformers = False
+    elif case["family"] == "chatglm":
+        save_file(to_chatglm(load_file(folder / "model.safetensors"), case["config"]), folder / "model.safetensors",
+                  metadata={"format": "pt"})
+        in_transformers = False
     elif case["config"] and case["config"]["model_type"] == "internlm3":
         in_transformers = False
 
@@ -674,6 +786,11 @@ def generate(case, out):
     if case["family"] == "baichuan2":
         raw = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
         second = max_diff(logits, [baichuan2_forward(case["config"], raw, w) for w in windows])
+        assert second < 1e-3, second
+
+    if case["family"] == "chatglm":
+        raw = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
+        second = max_diff(logits, [chatglm_forward(case["config"], raw, w) for w in windows])
         assert second < 1e-3, second
 
     least, weakest = check_sensitive(case, tensors, windows, logits)

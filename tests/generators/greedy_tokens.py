@@ -6,7 +6,7 @@
 Writes generate/greedy.json: per case the prompt's ids, 64 greedy tokens (f32, eager attention, with transformers' own
 KV cache but for LongRoPE, no end token), and the smallest distance between the best and the second logit on the way. Prompts are drawn
 until that distance is at least 1e-3, so that the last bits of a logit decide nothing, and four tokens differ. InternLM2, InternLM3 and
-Baichuan2 run as Llama with the same weights, as in decoder_fixtures.py. With names of cases the others stay as they are.
+Baichuan2 run as Llama, ChatGLM as Glm with the same weights, as in decoder_fixtures.py. With names of cases the others stay as they are.
 
 Written for torch 2.10 (CPU), transformers 5.17.
 """

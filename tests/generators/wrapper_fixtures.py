@@ -21,8 +21,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForImageTextToText, CLIPVisionConfig, Gemma3Config, Gemma3ForConditionalGeneration,
-                          LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM, Qwen3VLConfig,
+                          InternVLConfig, InternVLForConditionalGeneration, LlamaConfig, LlavaConfig,
+                          LlavaForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config,
+                          Qwen2ForCausalLM, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3VLConfig,
                           Qwen3VLForConditionalGeneration)
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -44,8 +45,15 @@ def qwen2_5_vl():
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def qwen2_vl():
+    rope = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [2, 2, 2]}
+    vision = dict(depth=1, embed_dim=32, hidden_size=48, mlp_ratio=1, num_heads=2, patch_size=4)
+    config = Qwen2VLConfig(text_config=dict(TEXT, rope_parameters=rope), vision_config=vision, **IMAGES)
+    return Qwen2VLForConditionalGeneration(config)
+
+
 def flat(config):
-    """How Qwen2.5-VL's config.json is published: the decoder's keys at the top, `mrope` as the type."""
+    """How Qwen2-VL's and Qwen2.5-VL's config.json is published: the decoder's keys at the top, `mrope` as the type."""
     text = config.pop("text_config")
     rope = text.pop("rope_parameters")
     for key in ("layer_types", "model_type", "dtype"):
@@ -81,7 +89,14 @@ def internvl():
     return Qwen2ForCausalLM(Qwen2Config(**TEXT, use_sliding_window=False))
 
 
-CASES = {"qwen2_5-vl": (qwen2_5_vl, flat), "qwen2_5-vl-sections": (qwen2_5_vl, None), "qwen3-vl": (qwen3_vl, None),
+def internvl_hf():
+    text = dict(TEXT, model_type="qwen2", use_sliding_window=False, tie_word_embeddings=False)
+    config = InternVLConfig(text_config=text, vision_config=VISION, image_token_id=63, image_seq_length=1,
+                            tie_word_embeddings=False)
+    return InternVLForConditionalGeneration(config)
+
+
+CASES = {"qwen2-vl": (qwen2_vl, flat), "internvl-hf": (internvl_hf, None), "qwen2_5-vl": (qwen2_5_vl, flat), "qwen2_5-vl-sections": (qwen2_5_vl, None), "qwen3-vl": (qwen3_vl, None),
          "gemma3-vision": (gemma3, None), "llava": (llava, None), "internvl": (internvl, None)}
 
 

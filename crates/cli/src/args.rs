@@ -17,6 +17,10 @@ pub(crate) struct Cli {
     #[arg(long, global = true, value_name = "N")]
     pub(crate) threads: Option<usize>,
 
+    /// A file that describes the model's architecture, where that is not known by itself (configs/arch/README.md)
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) arch: Option<PathBuf>,
+
     #[command(subcommand)]
     pub(crate) command: Command,
 }

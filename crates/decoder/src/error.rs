@@ -46,7 +46,7 @@ pub enum DecoderError {
     },
     /// `architectures` names something unknown.
     #[error(
-        "config.json: architecture {found} is unknown; known: {known}. Only these can be calibrated: quantize other models without data (`--calib-samples 0`)"
+        "config.json: architecture {found} is unknown; known: {known}. Only these can be calibrated: describe another one in a file (`--arch FILE`), or quantize without data (`--calib-samples 0`)"
     )]
     UnknownArchitecture {
         /// The name found.

@@ -8,8 +8,8 @@
 //!                                 └─ Tap: the input of every linear
 //! ```
 //!
-//! No family has code of its own: a family is a row of [`FAMILIES`]. Shapes are written `(windows, tokens,
-//! hidden)` for activations and `[out, in]` for weights; everything is f32. On the CPU all work is cut by
+//! No family has code of its own: a family is a row of [`FAMILIES`], or a file ([`Architecture`]). Shapes are written
+//! `(windows, tokens, hidden)` for activations and `[out, in]` for weights; everything is f32. On the CPU all work is cut by
 //! shape alone, so results do not depend on the number of threads.
 //!
 //! This crate knows nothing about quantization, files' bytes or calibration data.
@@ -51,9 +51,9 @@ pub use ops::with_cpu_slice;
 pub use rope::{Rope, RopeTables};
 pub use source::{CheckpointSource, WeightSource};
 pub use spec::{
-    Activation, AttnSpec, BlockNorms, BlockSpec, DecoderSpec, EmbedSpec, FAMILIES, FamilyInfo, Fold, GateUpLayout,
-    GatedSpec, Glu, GqaSpec, HeadSpec, InputId, LATENT_ATTENTION, LatentSpec, MlaSpec, MlpSpec, MoeSpec, NormKind,
-    NormSpec, Part, PlainSpec, Producer, QkvLayout, Role, RopePairing, RopeScaling, RopeSpec, RouterSpec, Scoring,
-    SharedSpec, Site, SiteId, Stream, TensorNeed, WRAPPERS, WrapperInfo,
+    Activation, Architecture, ArchitectureError, AttnSpec, BlockNorms, BlockSpec, DecoderSpec, EmbedSpec, FAMILIES,
+    FamilyInfo, Fold, GateUpLayout, GatedSpec, Glu, GqaSpec, HeadSpec, InputId, LATENT_ATTENTION, LatentSpec, MlaSpec,
+    MlpSpec, MoeSpec, NormKind, NormSpec, Part, PlainSpec, Producer, QkvLayout, Role, RopePairing, RopeScaling,
+    RopeSpec, RouterSpec, Scoring, SharedSpec, Site, SiteId, Stream, TensorNeed, WRAPPERS, WrapperInfo, definition,
 };
 pub use tap::{NoTap, Tap};

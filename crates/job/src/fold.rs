@@ -60,7 +60,14 @@ pub(crate) fn apply(
             if let Some(bias) = block.bias(site.role) {
                 let name = format!("{}.bias", producer.module);
                 let old = to_vec(bias)?;
-                let (new, effective) = divide(&old, &per_row, storage(&name), NormKind::Rms);
+                let (mut new, mut effective) = divide(&old, &per_row, storage(&name), NormKind::Rms);
+                // Rows that nobody rescales (q and k beside v in one matrix) have no consumer that could make up for
+                // what rounding their bias divides out.
+                let mut rescaled = vec![false; producer.out_features];
+                rows.iter().for_each(|&row| rescaled[row as usize] = true);
+                for row in (0..rescaled.len()).filter(|&row| !rescaled[row]) {
+                    (new[row], effective[row]) = (old[row], 1.0);
+                }
                 per_row = effective;
                 edits.push(Edit { tensor: name, values: new });
             }

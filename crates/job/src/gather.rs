@@ -17,7 +17,7 @@ use crate::estimate::{Costs, MemoryEstimate};
 use crate::hidden::HiddenStates;
 use crate::limits::{batch_size, calibration_shape, device, fit_disk, fit_memory};
 use crate::plan::{known_decoder, refuse_quantized};
-use crate::rows::{architecture, plain_dtype};
+use crate::rows::{architecture, described_architecture, plain_dtype};
 use crate::run::LayerClock;
 use crate::source::ModelSource;
 use crate::statistics::{Facts, Statistics, inputs, tensors, write_input};
@@ -98,7 +98,7 @@ pub fn calibrate(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) 
     words.notes.iter().for_each(|note| observer.event(Event::Note(note)));
     observer.event(Event::PlannedStatistics(&plan));
     let windows = load_windows(recipe, &checkpoint, &spec, &plan, observer, cancel)?;
-    let facts = Facts::new(&checkpoint, &plan.arch, &windows, recipe.calib.seed)?;
+    let facts = Facts::new(&checkpoint, &described_architecture(checkpoint.config()), &windows, recipe.calib.seed)?;
     let (work, remains) = WorkDir::open(&recipe.work_dir, Some(checkpoint.root()), recipe.overwrite)?;
     observer.event(Event::Opened { log: &work.log_file() });
     if remains {

@@ -38,6 +38,8 @@ pub(crate) fn identity(
     // A new setting has to be put on one side or the other.
     let Recipe {
         model: _,
+        // The decoder has the digest of that file.
+        arch: _,
         revision: _,
         download_dir: _,
         work_dir: _,
@@ -75,6 +77,9 @@ pub(crate) fn identity(
     };
     put("version", env!("CARGO_PKG_VERSION").to_owned());
     put("model", model_digest(checkpoint)?);
+    if let Some(definition) = plan.spec.as_ref().and_then(|spec| spec.definition.clone()) {
+        put("arch", definition);
+    }
     put("method", format!("{method:?}"));
     put("solver", format!("{solver:?}"));
     put("experts", format!("{experts:?}"));

@@ -15,8 +15,8 @@ use crate::limits::{
     check_solver, device, fit_disk, fit_memory,
 };
 use crate::rows::{
-    architecture, check_towers, choose_layout, exact_folds, ignored_linears, output_dtype, plain_dtype, plan_tensors,
-    rescaled_tensors, site_facts,
+    architecture, check_towers, choose_layout, described_architecture, exact_folds, ignored_linears, output_dtype,
+    plain_dtype, plan_tensors, rescaled_tensors, site_facts,
 };
 use crate::schemes::{common, layout_scale_dtype, needs_windows};
 use crate::source::{holds_float_codes, stored_embedding};
@@ -125,7 +125,7 @@ impl Plan {
 pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
     let Some(wanted) = &recipe.stats else { return plan(recipe, checkpoint) };
     let statistics = Statistics::open(&wanted.folder)?;
-    statistics.check_model(checkpoint, &architecture(checkpoint.config()))?;
+    statistics.check_model(checkpoint, &described_architecture(checkpoint.config()))?;
     statistics.check_wanted(wanted)?;
     let same = |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
     if same(&wanted.folder, &recipe.work_dir) {

@@ -11,6 +11,8 @@ use lite_quant::{LinearScheme, Range};
 pub struct Recipe {
     /// A folder, or a hub id `org/name`.
     pub model: String,
+    /// The file that describes the model's architecture. Whoever runs the recipe makes it known first.
+    pub arch: Option<PathBuf>,
     /// Hub revision: branch, tag or commit.
     pub revision: Option<String>,
     /// Where hub files are kept, instead of the usual cache.
@@ -75,6 +77,7 @@ impl Recipe {
     pub fn new(model: String) -> Self {
         Self {
             model,
+            arch: None,
             revision: None,
             download_dir: None,
             work_dir: PathBuf::from("./work_dir"),

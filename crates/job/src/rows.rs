@@ -17,6 +17,15 @@ pub(crate) fn architecture(config: &serde_json::Map<String, serde_json::Value>) 
     first.unwrap_or("unknown").to_owned()
 }
 
+/// The same with the digest of the file that describes the architecture, where one does.
+pub(crate) fn described_architecture(config: &serde_json::Map<String, serde_json::Value>) -> String {
+    let name = architecture(config);
+    match lite_decoder::definition(&name) {
+        Some(digest) => format!("{name} as described by the file of SHA-256 {digest}"),
+        None => name,
+    }
+}
+
 /// The float type that most of the checkpoint's bytes have, without fp8 codes and what serves them.
 pub(crate) fn plain_dtype(checkpoint: &Checkpoint) -> Dtype {
     let codes = FloatSource::new(checkpoint);

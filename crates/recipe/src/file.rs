@@ -56,6 +56,9 @@ pub(crate) struct Job {
     /// A folder (config.json and safetensors), or a hub id such as `Qwen/Qwen3-8B`
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) model: Option<String>,
+    /// A file that describes the model's architecture, where that is not known by itself
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) arch: Option<String>,
     /// Branch, tag or commit of a hub model
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) revision: Option<String>,

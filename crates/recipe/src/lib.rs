@@ -12,6 +12,7 @@
 //! says where it is. Environment variables are read only where a file declares them.
 #![forbid(unsafe_code)]
 
+mod architecture;
 mod batch;
 mod compressor;
 mod de;
@@ -28,6 +29,7 @@ mod scheme;
 mod words;
 mod yaml;
 
+pub use architecture::register_architecture;
 pub use error::{Position, RecipeError};
 pub use load::{Dialect, Entry, Loaded, load, load_text};
 pub use lower::CHECK_LIMIT;

@@ -83,6 +83,7 @@ pub(crate) fn lower(job: &Job, tree: &Node) -> Result<Lowered, Fault> {
         None if nearest && (smooth || steps.data_if_needed) => Range::MinMax,
         None => Range::Search,
     };
+    recipe.arch = job.arch.as_ref().map(PathBuf::from);
     recipe.revision = job.revision.clone();
     recipe.download_dir = job.download_dir.as_ref().map(PathBuf::from);
     recipe.overrides = overrides(job, tree)?;

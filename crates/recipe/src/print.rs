@@ -54,6 +54,7 @@ pub(crate) fn job(recipe: &Recipe, gates: &[Gate]) -> Job {
     Job {
         name: None,
         model: Some(recipe.model.clone()),
+        arch: recipe.arch.as_deref().map(path),
         revision: recipe.revision.clone(),
         download_dir: recipe.download_dir.as_deref().map(path),
         stages: Some(stages(recipe)),

@@ -33,6 +33,9 @@ pub(crate) fn settings(recipe: &Recipe, plan: &Plan) -> Map<String, Value> {
         map.insert(key.to_owned(), value);
     };
     set("method", method(plan).into());
+    if let Some(digest) = plan.spec.as_ref().and_then(|spec| spec.definition.as_deref()) {
+        set("architecture_described_by_sha256", digest.into());
+    }
     set("scheme", scheme_words(&plan.scheme).into());
     set("layout", plan.layout.name().into());
     if let Some(dtype) = scale_dtype(&plan.scheme.weights) {

@@ -12,6 +12,7 @@ use crate::progress::Progress;
 /// Gathers statistics, and prints where they are on standard output.
 pub(crate) fn run(args: &CalibrateArgs, format: Format) -> anyhow::Result<()> {
     let recipe = Recipe {
+        arch: super::arch::named(),
         revision: args.resources.revision.clone(),
         download_dir: args.resources.download_dir.clone(),
         work_dir: args.work_dir.clone(),

@@ -1,5 +1,6 @@
 //! One module per subcommand.
 
+pub(crate) mod arch;
 pub(crate) mod blocked_fp8;
 mod calibrate;
 pub(crate) mod convert;
@@ -30,6 +31,9 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<()> {
     if let Some(threads) = cli.threads {
         anyhow::ensure!(threads > 0, lite_job::JobError::Usage("--threads 0: give at least one thread".to_owned()));
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("cannot start the threads")?;
+    }
+    if let Some(path) = &cli.arch {
+        arch::name(path)?;
     }
     match &cli.command {
         Command::AutoAwq(args) => quantize::run(MethodName::Awq, args, cli.format),

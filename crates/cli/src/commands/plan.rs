@@ -69,13 +69,15 @@ pub(crate) fn run(args: &PlanArgs, format: Format) -> anyhow::Result<()> {
         };
     }
     refuse_flags(args)?;
-    let loaded = load(&[PathBuf::from(&args.args.model)], &args.sets, args.only)?;
+    let sets: Vec<String> = super::arch::set().into_iter().chain(args.sets.iter().cloned()).collect();
+    let loaded = load(&[PathBuf::from(&args.args.model)], &sets, args.only)?;
     super::run::warn(&loaded.warnings, format);
     let chosen = super::run::chosen(&loaded.jobs, args.only)?;
     if let (Some(_), true) = (&args.out, chosen.len() > 1) {
         let count = chosen.len();
         return Err(JobError::Usage(format!("--out takes the plan of one job, here are {count}: add --only N")).into());
     }
+    super::arch::of(chosen.iter().map(|(_, job)| &job.recipe))?;
     for (number, job) in &chosen {
         if chosen.len() > 1 {
             super::run::announce(*number, job, loaded.jobs.len(), format);

@@ -57,6 +57,7 @@ pub(crate) fn recipe(method: MethodName, args: &QuantizeArgs) -> Result<Recipe, 
     }
     Ok(Recipe {
         model: args.model.clone(),
+        arch: super::arch::named(),
         revision: args.resources.revision.clone(),
         download_dir: args.resources.download_dir.clone(),
         work_dir: args.work_dir.clone(),

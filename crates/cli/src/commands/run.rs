@@ -93,7 +93,7 @@ pub(crate) fn run(args: &RunArgs, format: Format) -> anyhow::Result<()> {
     let text = |value: &String| Value::String(value.clone());
     let named = [("model", &args.model), ("save.path", &args.work_dir)];
     let named = named.into_iter().filter_map(|(key, value)| value.as_ref().map(|v| format!("{key}={}", text(v))));
-    let sets: Vec<String> = named.chain(args.sets.iter().cloned()).collect();
+    let sets: Vec<String> = named.chain(super::arch::set()).chain(args.sets.iter().cloned()).collect();
     let planned = args.plan.as_deref().map(super::plan::Planned::read).transpose()?;
     let loaded = match (&planned, args.files.is_empty()) {
         (Some(planned), true) => {
@@ -125,6 +125,7 @@ pub(crate) fn run(args: &RunArgs, format: Format) -> anyhow::Result<()> {
     if args.print_recipe {
         return print_recipes(&chosen);
     }
+    super::arch::of(chosen.iter().map(|(_, job)| &job.recipe))?;
     let rows = run_all(args, &chosen, planned.as_ref(), format)?;
     if chosen.len() > 1 && !args.plan_only {
         summary(&rows, format)?;

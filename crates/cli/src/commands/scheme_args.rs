@@ -93,6 +93,7 @@ impl OutputArgs {
 /// Puts the flags about files and resources into `recipe`.
 pub(crate) fn resources(args: &ResourceArgs, recipe: Recipe) -> Recipe {
     Recipe {
+        arch: super::arch::named(),
         revision: args.revision.clone(),
         download_dir: args.download_dir.clone(),
         device: args.device,

@@ -7,8 +7,9 @@ use std::sync::atomic::Ordering;
 
 use clap::Args;
 use lite_calib::{ModelTokenizer, held_out};
+use lite_decoder::DecoderSpec;
 use lite_job::{Event, JobError, Observer, Recipe, locate_model, open_device};
-use lite_model::printable;
+use lite_model::{Checkpoint, printable};
 use lite_pack::targets::Target;
 use lite_runtime::RuntimeError;
 use lite_runtime::verify::{Finding, FindingSeverity, Verification, VerifyOptions, verify};
@@ -146,14 +147,10 @@ pub(crate) fn run(args: &VerifyArgs, format: Format) -> anyhow::Result<()> {
 
 /// Held-out text in the original's own tokens; without it nothing is run, which is said.
 fn windows(original: &Path, count: usize, progress: &Progress) -> Vec<Vec<u32>> {
-    let config = std::fs::read(original.join("config.json")).ok();
-    let config: Option<serde_json::Value> = config.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-    let number = |key: &str| {
-        let value = config.as_ref()?.get(key)?.as_u64()?;
-        usize::try_from(value).ok()
-    };
-    let vocab = number("vocab_size").unwrap_or(usize::MAX);
-    let seqlen = SEQLEN.min(number("max_position_embeddings").unwrap_or(SEQLEN)).max(8);
+    // A model whose decoder is not known is not run.
+    let spec = Checkpoint::open(original).ok().and_then(|original| DecoderSpec::of(&original).ok());
+    let vocab = spec.as_ref().map_or(usize::MAX, |spec| spec.vocab);
+    let seqlen = SEQLEN.min(spec.map_or(SEQLEN, |spec| spec.max_positions)).max(8);
     let found = ModelTokenizer::from_dir(original, vocab).and_then(|tokenizer| held_out(&tokenizer, count, seqlen));
     match found {
         Ok(windows) => windows.tokens,

@@ -12,21 +12,48 @@ use crate::error::clean;
 pub(crate) struct Section<'a> {
     map: &'a Map<String, Value>,
     path: &'static str,
+    /// Keys that have another name in this file: (the usual name, the name here).
+    names: &'static [(&'static str, &'static str)],
 }
 
 impl<'a> Section<'a> {
     pub(crate) fn root(map: &'a Map<String, Value>) -> Self {
-        Self { map, path: "" }
+        Self { map, path: "", names: &[] }
+    }
+
+    /// The same object, whose file calls some keys by other names: (the usual name, the name here).
+    ///
+    /// # Errors
+    /// [`DecoderError::Contradiction`] if a key is there under both names with different values.
+    pub(crate) fn renamed(self, names: &'static [(&'static str, &'static str)]) -> Result<Self, DecoderError> {
+        for (usual, own) in names {
+            if let (Some(a), Some(b)) = (self.get(usual), self.get(own))
+                && a != b
+            {
+                let reason = format!(
+                    "`{usual}` is {} and `{own}` is {}, which mean the same in this family: wanted equal values",
+                    self.found(usual),
+                    self.found(own)
+                );
+                return Err(DecoderError::Contradiction { reason });
+            }
+        }
+        Ok(Self { names, ..self })
+    }
+
+    /// What this file calls `key`.
+    fn own<'k>(&self, key: &'k str) -> &'k str {
+        self.names.iter().find(|(usual, _)| *usual == key).map_or(key, |(_, own)| own)
     }
 
     /// The value of `key`; JSON null counts as absent.
     pub(crate) fn get(&self, key: &str) -> Option<&'a Value> {
-        self.map.get(key).filter(|value| !value.is_null())
+        self.map.get(self.own(key)).filter(|value| !value.is_null())
     }
 
     /// Whether `key` is there, even if null.
     pub(crate) fn has(&self, key: &str) -> bool {
-        self.map.contains_key(key)
+        self.map.contains_key(self.own(key))
     }
 
     /// The keys of this object.
@@ -44,7 +71,7 @@ impl<'a> Section<'a> {
         match self.get(key) {
             None => Ok(None),
             Some(Value::Object(map)) if map.is_empty() => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Section { map, path })),
+            Some(Value::Object(map)) => Ok(Some(Section { map, path, names: &[] })),
             Some(_) => Err(self.wrong(key, "an object")),
         }
     }
@@ -133,10 +160,11 @@ impl<'a> Section<'a> {
     }
 
     fn full(&self, key: &str) -> String {
+        let key = self.own(key);
         if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
     }
 
     fn found(&self, key: &str) -> String {
-        self.map.get(key).map_or_else(|| "missing".to_owned(), |value| clean(&value.to_string()))
+        self.map.get(self.own(key)).map_or_else(|| "missing".to_owned(), |value| clean(&value.to_string()))
     }
 }

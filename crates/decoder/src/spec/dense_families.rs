@@ -3,6 +3,7 @@
 use super::families::{
     Bias, FamilyInfo, LLAMA, LLAMA_NAMES, Names, NormRules, Positions, QkNorm, RMS, ROPE, RopeRules, Scales, Window,
 };
+use super::must::Must;
 use super::{Activation, GateUpLayout, NormKind, QkvLayout, RopePairing};
 
 pub(super) const GRANITE: FamilyInfo = FamilyInfo {
@@ -56,6 +57,70 @@ pub(super) const GLM4: FamilyInfo = FamilyInfo {
         ..GLM.names
     },
     ..GLM
+};
+
+/// Not in transformers; from the code published with the models. ChatGLM2 has the same names, and with `rope_ratio` (its 32k
+/// variant) another rotary embedding under the same keys. The first ChatGLM calls itself by the same name too, and is refused by
+/// its key `position_encoding_2d`.
+pub(super) const CHATGLM: FamilyInfo = FamilyInfo {
+    architecture: "ChatGLMModel",
+    model_type: "chatglm",
+    title: "ChatGLM3 and GLM-4 9B as first published",
+    names: Names {
+        embed: "transformer.embedding.word_embeddings",
+        blocks: "transformer.encoder.layers",
+        final_norm: "transformer.encoder.final_layernorm",
+        head: "transformer.output_layer",
+        attn: "self_attention",
+        qkv: QkvLayout::Stacked,
+        qkv_names: &["query_key_value"],
+        o: "dense",
+        gate_up: Some(GateUpLayout::Stacked),
+        gate_up_names: &["dense_h_to_4h"],
+        down: "dense_4h_to_h",
+        ..LLAMA_NAMES
+    },
+    keys: &[
+        ("num_hidden_layers", "num_layers"),
+        ("intermediate_size", "ffn_hidden_size"),
+        ("num_key_value_heads", "multi_query_group_num"),
+        ("head_dim", "kv_channels"),
+        ("vocab_size", "padded_vocab_size"),
+        ("max_position_embeddings", "seq_length"),
+    ],
+    must: &[
+        ("position_encoding_2d", Must::Absent),
+        ("vision_config", Must::Absent),
+        ("pre_seq_len", Must::Absent),
+        ("prefix_projection", Must::Be(false)),
+        ("quantization_bit", Must::Equal(0)),
+        ("rmsnorm", Must::Be(true)),
+        ("post_layer_norm", Must::Be(true)),
+        ("apply_residual_connection_post_layernorm", Must::Be(false)),
+        ("original_rope", Must::Be(true)),
+        ("interleaved_qkv", Must::Be(false)),
+    ],
+    qkv_bias: Bias::AnyOf(&["add_qkv_bias", "add_bias_linear"]),
+    o_bias: Bias::Key("add_bias_linear", false),
+    mlp_bias: Bias::Key("add_bias_linear", false),
+    head_dim: Some(128),
+    kv_heads: Some(1),
+    grouped_if: Some("multi_query_attention"),
+    norm: NormRules { eps_key: "layernorm_epsilon", eps: 1e-5, ..RMS },
+    rope: RopeRules {
+        types: &["default"],
+        partial: Some(0.5),
+        pairing: RopePairing::Neighbours,
+        ratio: Some("rope_ratio"),
+        ..ROPE
+    },
+    ..LLAMA
+};
+
+pub(super) const CHATGLM_CONDITIONAL: FamilyInfo = FamilyInfo {
+    architecture: "ChatGLMForConditionalGeneration",
+    title: "the same under its later name (GLM-4 9B, GLM-4 9B chat)",
+    ..CHATGLM
 };
 
 pub(super) const GEMMA2: FamilyInfo = FamilyInfo {

@@ -48,7 +48,12 @@ impl Dims {
         let layers = size("num_hidden_layers", MAX_BLOCKS, |s| s.layers)?;
         let heads = size("num_attention_heads", MAX_WIDTH, |s| s.heads)?;
         let kv_default = if config.has("num_key_value_heads") { None } else { family.kv_heads };
-        let kv_heads = config.size("num_key_value_heads", 1..=MAX_WIDTH)?.or(kv_default).unwrap_or(heads);
+        let grouped = match family.grouped_if {
+            Some(key) => config.flag(key)?.unwrap_or(false),
+            None => true,
+        };
+        let kv_heads = config.size("num_key_value_heads", 1..=MAX_WIDTH)?.or(kv_default).filter(|_| grouped);
+        let kv_heads = kv_heads.unwrap_or(heads);
         if !heads.is_multiple_of(kv_heads) {
             return contradiction(format!(
                 "`num_attention_heads` is {heads}, which is not a multiple of `num_key_value_heads`, {kv_heads}"

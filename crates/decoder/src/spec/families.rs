@@ -1,10 +1,14 @@
 //! The known families, as a table. A new family with known parts is a new row.
 
 use super::config::Section;
-use super::dense_families::{BAICHUAN2, GEMMA2, GEMMA3, GLM, GLM4, GRANITE, OLMO2, STARCODER2};
+use super::dense_families::{
+    BAICHUAN2, CHATGLM, CHATGLM_CONDITIONAL, GEMMA2, GEMMA3, GLM, GLM4, GRANITE, OLMO2, STARCODER2,
+};
+use super::described::described;
 use super::mla::MlaRules;
 use super::moe::MoeRules;
 use super::moe_families::{DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE};
+use super::must::Must;
 use super::wrapper::WRAPPERS;
 use super::{Activation, GateUpLayout, NormKind, QkvLayout, RopePairing, RopeScaling};
 use crate::DecoderError;
@@ -14,7 +18,7 @@ use crate::error::clean;
 ///
 /// Defaults for absent keys are those of the family's own configuration class (transformers 5.17, or the
 /// code published with InternLM2 and InternLM3).
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct FamilyInfo {
     /// The entry of `architectures`.
     pub architecture: &'static str,
@@ -51,10 +55,18 @@ pub struct FamilyInfo {
     pub(super) mla: Option<MlaRules>,
     /// Layers of multi-token prediction if no key names their number; `None`: the family has none.
     pub(super) mtp: Option<usize>,
+    /// What config.json calls keys that other families agree on: (the usual name, the name here).
+    pub(super) keys: &'static [(&'static str, &'static str)],
+    /// Keys that would change the function, with the value that leaves it as it is here; absent and null are that value.
+    pub(super) must: &'static [(&'static str, Must)],
+    /// `num_key_value_heads` counts only if this key is true; otherwise every head has keys of its own.
+    pub(super) grouped_if: Option<&'static str>,
+    /// SHA-256 of the file that describes this family, if one does.
+    pub(super) definition: Option<&'static str>,
 }
 
 /// Tensor names; block-relative ones are joined as `{blocks}.{index}.{part}`.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Names {
     pub(super) embed: &'static str,
     pub(super) blocks: &'static str,
@@ -67,6 +79,8 @@ pub(super) struct Names {
     pub(super) mlp_out_norm: Option<&'static str>,
     pub(super) attn: &'static str,
     pub(super) mlp: &'static str,
+    /// Norms of queries and keys inside attention, where they are.
+    pub(super) qk_norms: [&'static str; 2],
     pub(super) qkv: QkvLayout,
     /// q, k, v or the one fused matrix.
     pub(super) qkv_names: &'static [&'static str],
@@ -126,6 +140,8 @@ pub(super) enum Bias {
     Always,
     /// As a key of config.json says; the flag is its default.
     Key(&'static str, bool),
+    /// If one of these keys is true.
+    AnyOf(&'static [&'static str]),
 }
 
 /// Which layers attend within a sliding window.
@@ -161,6 +177,8 @@ pub(super) struct RopeRules {
     pub(super) original_positions: Option<usize>,
     /// The scaling of a config without rotary parameters; `None`: there is none.
     pub(super) if_absent: Option<&'static RopeScaling>,
+    /// θ is multiplied by this key, if it is there.
+    pub(super) ratio: Option<&'static str>,
 }
 
 pub(super) const ROPE: RopeRules = RopeRules {
@@ -172,6 +190,7 @@ pub(super) const ROPE: RopeRules = RopeRules {
     local_theta: None,
     original_positions: None,
     if_absent: None,
+    ratio: None,
 };
 
 pub(super) const RMS: NormRules = NormRules { kind: NormKind::Rms, eps_key: "rms_norm_eps", eps: 1e-6 };
@@ -187,6 +206,7 @@ pub(super) const LLAMA_NAMES: Names = Names {
     mlp_out_norm: None,
     attn: "self_attn",
     mlp: "mlp",
+    qk_norms: ["q_norm", "k_norm"],
     qkv: QkvLayout::Separate,
     qkv_names: &["q_proj", "k_proj", "v_proj"],
     o: "o_proj",
@@ -218,6 +238,10 @@ pub(super) const LLAMA: FamilyInfo = FamilyInfo {
     moe: None,
     mla: None,
     mtp: None,
+    keys: &[],
+    must: &[],
+    grouped_if: None,
+    definition: None,
 };
 
 /// The decoder families that can be run, and hence calibrated.
@@ -327,6 +351,8 @@ pub static FAMILIES: &[FamilyInfo] = &[
     OLMO2,
     GLM,
     GLM4,
+    CHATGLM,
+    CHATGLM_CONDITIONAL,
     GEMMA2,
     GEMMA3,
     STARCODER2,
@@ -340,10 +366,10 @@ pub static FAMILIES: &[FamilyInfo] = &[
     DEEPSEEK_V3,
 ];
 
-/// The family that `architectures` names, or if that is absent `model_type`.
+/// The family that `architectures` names, or if that is absent `model_type`; those that files describe are known too.
 pub(super) fn family(config: &Section) -> Result<&'static FamilyInfo, DecoderError> {
     let unclear = |reason: String| DecoderError::UnclearArchitecture { reason, known: known() };
-    let by_type = |name: &str| FAMILIES.iter().find(|f| f.model_type == name);
+    let by_type = |name: &str| all().find(|f| f.model_type == name);
     let model_type = config.text("model_type")?;
     let found = match config.texts("architectures")?.as_deref() {
         None | Some([]) => {
@@ -362,26 +388,29 @@ pub(super) fn family(config: &Section) -> Result<&'static FamilyInfo, DecoderErr
             return Err(unclear(format!("`architectures` holds {} names ({list}), wanted one", many.len())));
         }
     };
-    let family = FAMILIES
-        .iter()
-        .find(|f| f.architecture == found)
+    let family = by_architecture(found)
         .ok_or_else(|| DecoderError::UnknownArchitecture { found: format!("`{}`", clean(found)), known: known() })?;
-    match model_type.and_then(by_type) {
-        Some(other) if other.architecture != family.architecture => Err(unclear(format!(
+    match model_type.filter(|name| *name != family.model_type).and_then(by_type) {
+        Some(other) => Err(unclear(format!(
             "`architectures` is `{}`, but `model_type` is `{}`, which belongs to `{}`; correct one of them",
             family.architecture, other.model_type, other.architecture
         ))),
-        _ => Ok(family),
+        None => Ok(family),
     }
+}
+
+/// The families that files describe, then those of [`FAMILIES`].
+fn all() -> impl Iterator<Item = &'static FamilyInfo> {
+    described().into_iter().chain(FAMILIES)
 }
 
 /// The family with this entry of `architectures`.
 pub(super) fn by_architecture(name: &str) -> Option<&'static FamilyInfo> {
-    FAMILIES.iter().find(|family| family.architecture == name)
+    all().find(|family| family.architecture == name)
 }
 
 /// All architectures, for messages.
 fn known() -> String {
     let wrappers = WRAPPERS.iter().map(|w| w.architecture);
-    FAMILIES.iter().map(|f| f.architecture).chain(wrappers).collect::<Vec<_>>().join(", ")
+    all().map(|f| f.architecture).chain(wrappers).collect::<Vec<_>>().join(", ")
 }

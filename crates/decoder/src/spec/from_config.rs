@@ -10,6 +10,7 @@ use super::dims::{Dims, MAX_FOLD_ROWS, windows};
 use super::families::{Bias, FamilyInfo, QkNorm};
 use super::mla::MlaSpec;
 use super::moe::{MAX_ALL_EXPERTS, MoeRules, MoeSpec, sparse_layers};
+use super::must::check_musts;
 use super::scales::Factors;
 use super::wrapper::{Place, Style};
 use super::{
@@ -54,6 +55,7 @@ impl DecoderSpec {
 
     fn read(place: &Place, style: Style) -> Result<Self, DecoderError> {
         let (family, config) = (place.family, place.config);
+        check_musts(&config, family)?;
         let dims = Dims::read(&config, family, place.sizes)?;
         let (rope_rules, rotated) = match (&family.mla, &dims.mla) {
             (Some(rules), Some(mla)) => (rules.rope(&config, family.rope)?, mla.rope),
@@ -75,6 +77,7 @@ impl DecoderSpec {
         let own = format!("{}.weight", style.name(names.head));
         Ok(Self {
             arch: family.architecture.to_owned(),
+            definition: family.definition.map(str::to_owned),
             hidden: dims.hidden,
             vocab: dims.vocab,
             max_positions: dims.max_positions,
@@ -136,6 +139,9 @@ impl<'a> Builder<'a> {
             Bias::Never => Ok(false),
             Bias::Always => Ok(true),
             Bias::Key(key, default) => Ok::<_, DecoderError>(config.flag(key)?.unwrap_or(default)),
+            Bias::AnyOf(keys) => {
+                keys.iter().try_fold(false, |any, key| Ok::<_, DecoderError>(config.flag(key)?.unwrap_or(false) || any))
+            }
         };
         let mut builder = Self {
             family,
@@ -210,8 +216,8 @@ impl<'a> Builder<'a> {
             kv_heads: dims.kv_heads,
             head_dim: dims.head_dim,
             qkv: names.qkv,
-            q_norm: head_norm("q_norm"),
-            k_norm: head_norm("k_norm"),
+            q_norm: head_norm(names.qk_norms[0]),
+            k_norm: head_norm(names.qk_norms[1]),
             norm_all_heads: self.qk_norm == QkNorm::AllHeads,
             window,
             scale: self.factors.attn,

@@ -4,6 +4,7 @@ mod attn;
 mod check;
 mod config;
 mod dense_families;
+mod described;
 mod dims;
 mod ends;
 mod families;
@@ -11,6 +12,7 @@ mod from_config;
 mod mla;
 mod moe;
 mod moe_families;
+mod must;
 mod norm;
 mod rope;
 mod scales;
@@ -22,6 +24,7 @@ use std::sync::Arc;
 
 pub use attn::{AttnSpec, GqaSpec, QkvLayout};
 pub use check::TensorNeed;
+pub use described::{Architecture, ArchitectureError, definition};
 pub use ends::{EmbedSpec, HeadSpec};
 pub use families::{FAMILIES, FamilyInfo};
 pub use mla::{LATENT_ATTENTION, LatentSpec, MlaSpec};
@@ -36,6 +39,8 @@ pub use wrapper::{WRAPPERS, WrapperInfo};
 pub struct DecoderSpec {
     /// Architecture as `architectures` in config.json names it.
     pub arch: String,
+    /// SHA-256 (lower-case hex) of the file that describes this architecture, if it is none of [`FAMILIES`].
+    pub definition: Option<String>,
     /// Width of the residual stream.
     pub hidden: usize,
     /// Rows of the embedding.

@@ -78,7 +78,7 @@ pub struct SharedSpec {
 }
 
 /// What a family knows of its experts.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct MoeRules {
     /// Module of the feed-forward in layers with experts.
     pub(super) module: &'static str,

@@ -107,6 +107,8 @@ impl Place<'_> {
         };
         // θ = 1 would rotate nothing, and YaRN divides by its logarithm.
         let theta = read("rope_theta", beside, 1.0 + 1e-6..=1e15)?.unwrap_or(theta);
+        let ratio = rules.ratio.map(|key| config.number(key, 1.0..=1e6)).transpose()?.flatten();
+        let theta = theta * ratio.unwrap_or(1.0);
         let key = "partial_rotary_factor";
         let partial = read(key, Some(key), 0.0..=1.0)?.or(rules.partial).unwrap_or(1.0);
         if partial != 1.0 && rules.partial.is_none() {

@@ -182,8 +182,8 @@ impl<'a> Place<'a> {
             Some(_) => None,
         };
         let Some(wrapper) = named else {
-            let styles = &[Style::Alone];
-            return Ok(Self { family: family(&config)?, config, outer: None, sizes: None, styles });
+            let (styles, family) = (&[Style::Alone], family(&config)?);
+            return Ok(Self { family, config: config.renamed(family.keys)?, outer: None, sizes: None, styles });
         };
         let section = config.section(wrapper.section)?;
         if section.is_none() && !wrapper.flat {
@@ -206,7 +206,7 @@ impl<'a> Place<'a> {
             );
         }
         let sizes = outer.and_then(|_| default_sizes(family.architecture));
-        Ok(Self { family, config: inner, outer, sizes, styles: wrapper.styles })
+        Ok(Self { family, config: inner.renamed(family.keys)?, outer, sizes, styles: wrapper.styles })
     }
 
     /// `key` of the decoder, or else of the whole file: what concerns both ends of the model.

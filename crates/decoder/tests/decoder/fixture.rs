@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 /// Every case that must be there.
 pub(crate) const CASES: &[&str] = &[
     "baichuan2",
+    "chatglm3",
     "deepseek-v2",
     "deepseek-v2-lite",
     "deepseek-v3",
@@ -21,6 +22,7 @@ pub(crate) const CASES: &[&str] = &[
     "gemma3-types",
     "glm",
     "glm4",
+    "glm4-chat",
     "glm4-moe",
     "glm4-moe-mtp",
     "gpt-oss",
@@ -145,6 +147,11 @@ impl Fixture {
             AttnSpec::Gqa(attn) => Some(attn.kv_heads),
             _ => None,
         }
+    }
+
+    /// Whether a tensor is no weight: ChatGLM's files hold the frequencies of its rotary embedding.
+    pub(crate) fn is_buffer(tensor: &str) -> bool {
+        tensor.ends_with("rotary_pos_emb.inv_freq")
     }
 
     /// Whether a tensor belongs to a layer of multi-token prediction, which no forward pass reads.

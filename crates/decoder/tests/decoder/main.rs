@@ -4,6 +4,7 @@
 
 mod bad_configs;
 mod bad_experts;
+mod chatglm;
 mod compute;
 mod fixture;
 mod folds;

@@ -11,7 +11,9 @@ use crate::fixture::{Fixture, object, root};
 const CASES: &[(&str, &str, &str)] = &[
     ("gemma3-vision", "language_model.model.embed_tokens.weight", "language_model.lm_head"),
     ("internvl", "language_model.model.embed_tokens.weight", "language_model.lm_head"),
+    ("internvl-hf", "language_model.model.embed_tokens.weight", "language_model.lm_head"),
     ("llava", "language_model.model.embed_tokens.weight", "language_model.lm_head"),
+    ("qwen2-vl", "model.embed_tokens.weight", "lm_head"),
     ("qwen2_5-vl", "model.embed_tokens.weight", "lm_head"),
     ("qwen2_5-vl-sections", "model.embed_tokens.weight", "lm_head"),
     ("qwen3-vl", "model.language_model.embed_tokens.weight", "lm_head"),

@@ -218,7 +218,7 @@ pub(super) fn is_router(name: &str) -> bool {
 
 /// Whether this is the output head.
 pub(super) fn is_head(name: &str) -> bool {
-    matches!(last(name), "lm_head" | "output") && !name.contains(".layers.")
+    matches!(last(name), "lm_head" | "output" | "output_layer") && !name.contains(".layers.")
 }
 
 /// Whether this belongs to a vision or audio tower, or to the projector behind it.
