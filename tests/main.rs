@@ -14,6 +14,7 @@ mod e2e {
     mod families;
     mod faults;
     mod fp8_source;
+    mod fused;
     mod generate;
     mod gptq;
     mod layering;

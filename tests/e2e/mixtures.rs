@@ -8,7 +8,8 @@ use super::resume::{finished, killed, result, same, stderr};
 use super::support::*;
 
 /// So many that every expert sees more tokens than it has inputs.
-const CALIBRATION: [&str; 6] = ["--calib-dataset", "random", "--calib-samples", "32", "--calib-seqlen", "32"];
+pub(super) const CALIBRATION: [&str; 6] =
+    ["--calib-dataset", "random", "--calib-samples", "32", "--calib-seqlen", "32"];
 
 fn mixtures() -> Vec<(String, tempfile::TempDir)> {
     let found: Vec<_> = families().into_iter().filter(|(_, copy)| has_experts(copy.path())).collect();

@@ -4,7 +4,8 @@
     python tests/generators/wrapper_fixtures.py tests/fixtures/wrappers [case ...]
 
 Each case is a folder as decoder_fixtures.py makes them, under the names and with the config.json that such models are
-published with, vision tower and projector included. InternVLChatModel is not in transformers: its reference is Qwen2 with
+published with, vision tower and projector included. Qwen3-VL-MoE's experts are stored as published, all of a layer in one
+tensor `[experts, in, out]`; no router is near a tie. InternVLChatModel is not in transformers: its reference is Qwen2 with
 the same weights, its vision tower is there by name only.
 
 Written for torch 2.10 (CPU), transformers 5.17, safetensors 0.8.
@@ -24,7 +25,7 @@ from transformers import (AutoModelForImageTextToText, CLIPVisionConfig, Gemma3C
                           InternVLConfig, InternVLForConditionalGeneration, LlamaConfig, LlavaConfig,
                           LlavaForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config,
                           Qwen2ForCausalLM, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3VLConfig,
-                          Qwen3VLForConditionalGeneration)
+                          Qwen3VLForConditionalGeneration, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration)
 
 sys.path.insert(0, str(Path(__file__).parent))
 import decoder_fixtures  # noqa: E402
@@ -70,6 +71,14 @@ def qwen3_vl():
     return Qwen3VLForConditionalGeneration(config)
 
 
+def qwen3_vl_moe():
+    rope = {"rope_type": "default", "rope_theta": 5000000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    # transformers tells the published order from its own by shape: no matrix is square.
+    text = dict(TEXT, head_dim=16, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16, rope_parameters=rope)
+    vision = dict(QWEN_VISION, deepstack_visual_indexes=[0], num_position_embeddings=16)
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision, **IMAGES))
+
+
 def gemma3():
     # 64: its root is the same number in every type, and the reference runs in f32.
     config = Gemma3Config(text_config=dict(TEXT, hidden_size=64, head_dim=16, query_pre_attn_scalar=16, sliding_window=12,
@@ -96,7 +105,8 @@ def internvl_hf():
     return InternVLForConditionalGeneration(config)
 
 
-CASES = {"qwen2-vl": (qwen2_vl, flat), "internvl-hf": (internvl_hf, None), "qwen2_5-vl": (qwen2_5_vl, flat), "qwen2_5-vl-sections": (qwen2_5_vl, None), "qwen3-vl": (qwen3_vl, None),
+CASES = {"qwen2-vl": (qwen2_vl, flat), "qwen2_5-vl": (qwen2_5_vl, flat), "qwen2_5-vl-sections": (qwen2_5_vl, None),
+         "qwen3-vl": (qwen3_vl, None), "qwen3-vl-moe": (qwen3_vl_moe, None), "internvl-hf": (internvl_hf, None),
          "gemma3-vision": (gemma3, None), "llava": (llava, None), "internvl": (internvl, None)}
 
 
@@ -111,10 +121,46 @@ def fill(model, gen):
     tied = "lm_head.weight" not in named
     config = SimpleNamespace(**{**text_config.to_dict(), "tie_word_embeddings": tied})
     text = {k: p for k, p in named.items() if is_text(k) or text_config is model.config}
+    mixtures = {k: text.pop(k) for k in list(text) if ".experts." in k or k.endswith(".mlp.gate.weight")}
     decoder_fixtures.fill(SimpleNamespace(config=config, named_parameters=text.items), gen)
+    for name, p in sorted(mixtures.items()):
+        p.data.copy_(torch.randn(p.shape, generator=gen) * (2.0 if name.endswith("gate.weight") else 1.5) * p.shape[-1] ** -0.5)
     for name, p in sorted(named.items()):
-        if name not in text:
+        if name not in text and name not in mixtures:
             p.data.copy_(torch.randn(p.shape, generator=gen) * 0.1)
+
+
+def as_published(folder):
+    """transformers 5 saves experts as `[experts, out, in]`; published ones are `[experts, in, out]`."""
+    tensors = load_file(folder / "model.safetensors")
+    experts = json.loads((folder / "config.json").read_text())["text_config"]
+    wide, narrow = experts["hidden_size"], experts["moe_intermediate_size"]
+    for name, shape in [("gate_up_proj", (wide, 2 * narrow)), ("down_proj", (narrow, wide))]:
+        for key in [k for k in tensors if k.endswith(f".experts.{name}")]:
+            assert shape[0] != shape[1]
+            if tuple(tensors[key].shape[1:]) != shape:
+                tensors[key] = tensors[key].transpose(1, 2).contiguous()
+            assert tuple(tensors[key].shape[1:]) == shape
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def margin(model, windows):
+    """The closest decision of any router, in logits between the last chosen expert and the first that is not."""
+    closest = []
+
+    def hook(router, args, outputs):
+        ordered = outputs[0].sort(-1, descending=True).values
+        closest.append((ordered[:, router.top_k - 1] - ordered[:, router.top_k]).min().item())
+
+    handles = [m.register_forward_hook(hook) for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+    logits_of(model, windows)
+    for handle in handles:
+        handle.remove()
+    return min(closest, default=float("inf"))
+
+
+def logits_of(model, windows):
+    return torch.cat([model(input_ids=w[None], use_cache=False).logits for w in windows])
 
 
 def around_internvl(folder, gen):
@@ -161,13 +207,17 @@ def main():
         if change is not None:
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps(change(config), indent=2) + "\n")
+        if name == "qwen3-vl-moe":
+            as_published(folder)
         # What transformers makes of the folder, in f32.
         loader = Qwen2ForCausalLM if name == "internvl" else AutoModelForImageTextToText
         model, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,
                                              attn_implementation="eager")
         assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
         windows = torch.randint(0, TEXT_TOKENS, (2, 32), generator=gen)
-        logits = torch.cat([model.eval()(input_ids=w[None], use_cache=False).logits for w in windows])
+        while margin(model.eval(), windows) < 1e-3:
+            windows = torch.randint(0, TEXT_TOKENS, (2, 32), generator=gen)
+        logits = logits_of(model, windows)
         if name == "internvl":
             around_internvl(folder, gen)
         save_file({"input_ids": windows, "logits": logits.contiguous()}, folder / "expected.safetensors")

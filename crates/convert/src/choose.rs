@@ -19,8 +19,9 @@ pub(crate) fn choose(
 ) -> Result<(Vec<Chosen>, LinearScheme), ConvertError> {
     if let Some(why) = source.only_values().filter(|_| !recipe.requantize) {
         return Err(ConvertError::Unsupported(format!(
-            "the source's config is not understood ({why}), only its fp8 values are: convert it to `--layout {PLAIN}`, \
-             or add --requantize"
+            "the source's config is not understood ({why}), only its {} values are: convert it to `--layout {PLAIN}`, \
+             or add --requantize",
+            lite_runtime::FloatSource::new(source.checkpoint()).kind_of_codes()
         )));
     }
     let ints = || surveys.iter().filter(|survey| survey.scheme.weights.int().is_some());

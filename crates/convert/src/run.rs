@@ -12,7 +12,7 @@ use lite_model::{
 use lite_pack::targets::{Target, Verdict, check_scales};
 use lite_pack::{Layout, Unpacked};
 use lite_quant::{ActivationScheme, InputQuantization, Weights};
-use lite_runtime::{QuantizedCheckpoint, StoredLinear};
+use lite_runtime::{FloatSource, QuantizedCheckpoint, StoredLinear};
 use serde::Serialize;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
@@ -121,7 +121,13 @@ pub fn convert_with(
     };
     let report = |rounded: Vec<LinearError>| ConvertReport {
         output: recipe.work_dir.clone(),
-        from: source.quantized().map_or("fp8", |quantized| quantized.layout().name()).to_owned(),
+        from: source
+            .quantized()
+            .map_or_else(
+                || FloatSource::new(source.checkpoint()).kind_of_codes(),
+                |quantized| quantized.layout().name(),
+            )
+            .to_owned(),
         layout: plan.layout.map_or(PLAIN, |layout| layout.name()).to_owned(),
         source_bytes: source.checkpoint().total_bytes(),
         output_bytes,
@@ -214,7 +220,7 @@ impl Run<'_> {
         for (name, what) in &self.plan.others {
             (self.step)("copying", 0, 0)?;
             if *what == Other::Copied {
-                writer.write(name, checkpoint.tensor(name)?.data)?;
+                writer.write(name, &checkpoint.tensor(name)?.data)?;
                 checkpoint.release([name.as_str()]);
             }
         }

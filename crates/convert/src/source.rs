@@ -5,7 +5,7 @@ use std::path::Path;
 use lite_model::{Checkpoint, printable};
 use lite_pack::{Unpacked, detect};
 use lite_quant::{ActivationScheme, Weights};
-use lite_runtime::{FloatSource, QuantizedCheckpoint, RuntimeError, Storage, StoredLinear, stored_linears};
+use lite_runtime::{FloatSource, QuantizedCheckpoint, RuntimeError, StoredLinear, stored_linears};
 
 use crate::ConvertError;
 
@@ -19,7 +19,7 @@ pub(crate) struct Source {
 enum Files {
     /// Of a layout that is read in full.
     Layout(QuantizedCheckpoint),
-    /// fp8 codes under a config that is not understood: their values are known, how inputs are quantized is not.
+    /// fp8 or MXFP4 codes under a config that is not understood: their values are known, how inputs are quantized is not.
     Floats(Checkpoint, String),
 }
 
@@ -49,7 +49,8 @@ impl Source {
                 printable(&linear.module)
             )));
         }
-        let floats = linears.iter().all(|linear| linear.storage == Storage::Fp8);
+        let codes = FloatSource::new(&checkpoint);
+        let floats = linears.iter().all(|linear| codes.is_coded(&format!("{}.weight", linear.module)));
         let files = match detect(checkpoint.config()) {
             Ok(Some((layout, _))) => {
                 check_parts(&linears, layout.suffixes())?;

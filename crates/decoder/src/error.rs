@@ -112,18 +112,6 @@ pub enum DecoderError {
         /// Experts of a layer.
         experts: usize,
     },
-    /// All experts of a layer in one tensor.
-    #[error(
-        "tensor `{tensor}` (shape {shape:?}) holds all experts of a layer, wanted one tensor per expert such as `{wanted}`: save the model again with transformers' `save_pretrained`, which writes them one by one"
-    )]
-    FusedExperts {
-        /// The tensor found.
-        tensor: String,
-        /// Its shape.
-        shape: Vec<usize>,
-        /// One of those that are missing.
-        wanted: String,
-    },
     /// A part of a block that runs forward, but that something asked for does not know.
     #[error("block {block} has {part}, for which {what} not implemented; {instead}")]
     Unimplemented {
@@ -169,10 +157,9 @@ impl DecoderError {
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::UnsupportedConfig { .. }
-            | Self::UnknownArchitecture { .. }
-            | Self::Unimplemented { .. }
-            | Self::FusedExperts { .. } => ErrorKind::Unsupported,
+            Self::UnsupportedConfig { .. } | Self::UnknownArchitecture { .. } | Self::Unimplemented { .. } => {
+                ErrorKind::Unsupported
+            }
             Self::Candle(_) | Self::Device { .. } => ErrorKind::Resources,
             Self::Model(error) => match error.kind() {
                 lite_model::ErrorKind::Input => ErrorKind::Input,

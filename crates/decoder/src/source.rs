@@ -1,5 +1,4 @@
-use half::{bf16, f16};
-use lite_model::{Checkpoint, Dtype, ModelError};
+use lite_model::Checkpoint;
 
 use crate::DecoderError;
 
@@ -60,7 +59,7 @@ impl WeightSource for CheckpointSource<'_> {
 
     fn load(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), DecoderError> {
         let values = self.0.tensor_f32(name)?;
-        Ok((self.0.tensor(name)?.shape.to_vec(), values))
+        Ok((self.0.info(name).map(|info| info.shape.clone()).unwrap_or_default(), values))
     }
 
     fn contains(&self, name: &str) -> bool {
@@ -69,29 +68,20 @@ impl WeightSource for CheckpointSource<'_> {
 
     /// Touches only the pages that hold the rows.
     fn rows(&self, name: &str, rows: &[u32]) -> Result<Vec<f32>, DecoderError> {
-        let view = self.0.tensor(name)?;
-        let &[height, width] = view.shape else {
-            return Err(DecoderError::tensor(name, format!("has shape {:?}, wanted a matrix", view.shape)));
+        let shape = match self.0.info(name) {
+            Some(info) => info.shape.as_slice(),
+            None => self.0.tensor(name)?.shape,
         };
-        let bytes: usize = match view.dtype {
-            Dtype::F32 => 4,
-            Dtype::BF16 | Dtype::F16 => 2,
-            dtype => return Err(ModelError::NotFloat { tensor: name.to_owned(), dtype }.into()),
+        let &[height, width] = shape else {
+            return Err(DecoderError::tensor(name, format!("has shape {shape:?}, wanted a matrix")));
         };
-        let mut out = Vec::with_capacity(rows.len().saturating_mul(width));
-        for &row in rows {
-            // Inside the data, whose length is `height · width · bytes`.
-            let found = Some(row as usize).filter(|row| *row < height).and_then(|row| {
-                let start = row.checked_mul(width)?.checked_mul(bytes)?;
-                view.data.get(start..start.checked_add(width.checked_mul(bytes)?)?)
-            });
-            let data =
-                found.ok_or_else(|| DecoderError::tensor(name, format!("has {height} rows, row {row} was wanted")))?;
-            match view.dtype {
-                Dtype::F32 => out.extend(data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
-                Dtype::F16 => out.extend(data.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
-                _ => out.extend(data.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32())),
+        let mut out = vec![0f32; rows.len().saturating_mul(width)];
+        for (&row, out) in rows.iter().zip(out.chunks_exact_mut(width.max(1))) {
+            if row as usize >= height {
+                return Err(DecoderError::tensor(name, format!("has {height} rows, row {row} was wanted")));
             }
+            // Inside the tensor, whose elements fit 64 bits.
+            self.0.tensor_f32_part(name, row as usize * width, out)?;
         }
         Ok(out)
     }

@@ -145,7 +145,7 @@ pub(crate) fn check_tensors(
                 for output in &row.outputs {
                     let view = out.tensor(&output.name)?;
                     let same = match expected.tensors.get(&output.name) {
-                        Some(hash) => *hash == digest(view.data),
+                        Some(hash) => *hash == digest(&view.data),
                         None => {
                             let original = source.tensor(&row.source)?.data;
                             let mut parts = original.chunks(PART).zip(view.data.chunks(PART)).enumerate();
@@ -171,7 +171,7 @@ pub(crate) fn check_tensors(
     }
     for output in &plan.added {
         let view = out.tensor(&output.name)?;
-        let same = expected.tensors.get(&output.name) == Some(&digest(view.data));
+        let same = expected.tensors.get(&output.name) == Some(&digest(&view.data));
         if !same || view.dtype != output.dtype || view.shape != output.shape {
             return Err(differs(&output.name, "values"));
         }

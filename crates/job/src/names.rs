@@ -11,8 +11,8 @@
 //! | other modalities and what leads to the text | has `vision`, `visual`, `image`, `audio`, `video`, `projector`, `resampler`, `connector`, `merger`, `aligner`; is `mlp1`, `vit` |
 //! | adapters | has `lora_` |
 //!
-//! Stacked experts, `[E, out, in]` in one tensor, have no name per expert that a layout could use; they stay plain. So
-//! do the matrices of GPT-2, which are stored `[in, out]`.
+//! Experts stacked in one tensor are read one by one where their names and shapes are known (`lite_model`); others have no
+//! name per expert that a layout could use, and stay plain. So do the matrices of GPT-2, which are stored `[in, out]`.
 
 use lite_model::Checkpoint;
 use serde_json::{Map, Value};

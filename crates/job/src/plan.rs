@@ -8,6 +8,7 @@ use lite_model::{Checkpoint, Dtype, OutputTensor, printable};
 use lite_pack::targets::{Severity, Target, Verdict, check, engines_for};
 use lite_pack::{ConfigFacts, KvCacheScheme, Layout};
 use lite_quant::{LinearScheme, Range};
+use lite_runtime::FloatSource;
 
 use crate::estimate::Costs;
 use crate::limits::{
@@ -155,7 +156,7 @@ pub(crate) fn known_decoder(checkpoint: &Checkpoint) -> Result<DecoderSpec, Deco
     Ok(spec)
 }
 
-/// Refuses a model that holds codes and not weights. fp8 codes with their scales pass: they are the weights, as
+/// Refuses a model that holds codes and not weights. fp8 codes and MXFP4 with their scales pass: they are the weights, as
 /// trained or published, and are read as the values they stand for.
 pub(crate) fn refuse_quantized(checkpoint: &Checkpoint) -> Result<(), JobError> {
     if holds_float_codes(checkpoint)? {
@@ -212,7 +213,11 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
         );
     }
     if holds_float_codes(checkpoint)? {
-        notes.push("the source's weights are fp8 codes; they are read as the values they stand for".to_owned());
+        let kind = FloatSource::new(checkpoint).kind_of_codes();
+        notes.push(format!("the source's weights are {kind} codes; they are read as the values they stand for"));
+    }
+    if checkpoint.fused_tensors() > 0 {
+        notes.push("experts that the source stores in one tensor per layer are written one by one".to_owned());
     }
     let spec = match known_decoder(checkpoint) {
         Ok(spec) => Some(spec),

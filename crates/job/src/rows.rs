@@ -26,7 +26,7 @@ pub(crate) fn described_architecture(config: &serde_json::Map<String, serde_json
     }
 }
 
-/// The float type that most of the checkpoint's bytes have, without fp8 codes and what serves them.
+/// The float type that most of the checkpoint's bytes have, without codes and what serves them.
 pub(crate) fn plain_dtype(checkpoint: &Checkpoint) -> Dtype {
     let codes = FloatSource::new(checkpoint);
     let mut bytes = [(Dtype::BF16, 0u64), (Dtype::F16, 0), (Dtype::F32, 0)];
@@ -167,7 +167,7 @@ pub(crate) fn plan_tensors(
         sites.iter().enumerate().map(|(i, s)| (format!("{}.weight", s.module), i)).collect();
     let rename = spec.and_then(|spec| stored_embedding(checkpoint, spec));
     let codes = FloatSource::new(checkpoint);
-    // fp8 codes that are not quantized again are written as values.
+    // fp8 and MXFP4 codes that are not quantized again are written as values.
     let decoded = dtype.map_or_else(|| plain_dtype(checkpoint), |(dtype, _)| dtype);
     let mut rows = Vec::new();
     for name in checkpoint.names() {

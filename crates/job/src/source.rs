@@ -6,8 +6,8 @@ use lite_runtime::{FloatSource, RuntimeError};
 
 use crate::JobError;
 
-/// A checkpoint in which a tied embedding or head may be stored under the other's name. fp8 codes are read as the
-/// values they stand for.
+/// A checkpoint in which a tied embedding or head may be stored under the other's name. fp8 and MXFP4 codes are read as
+/// the values they stand for.
 pub(crate) struct ModelSource<'a> {
     inner: FloatSource<'a>,
     /// (asked for, stored as)
@@ -37,7 +37,7 @@ pub(crate) fn stored_embedding(checkpoint: &Checkpoint, spec: &DecoderSpec) -> O
     (spec.head.tied && !physical(embed) && physical(&head)).then(|| (embed.clone(), head))
 }
 
-/// Values of a tensor of the source: floats as they are, fp8 codes times their scales.
+/// Values of a tensor of the source: floats as they are, fp8 and MXFP4 codes times their scales.
 ///
 /// # Errors
 /// [`JobError::Input`] naming a tensor whose codes cannot be read; [`JobError::Model`].
@@ -45,18 +45,20 @@ pub(crate) fn source_f32(checkpoint: &Checkpoint, name: &str) -> Result<Vec<f32>
     FloatSource::new(checkpoint).tensor_f32(name).map_err(source_error)
 }
 
-/// Whether the source's weights are fp8 codes with all of their scales, which are read as values. Integers and fp4
-/// are not: choosing codes again would start from what an earlier rounding left.
+/// Whether the source's weights are fp8 codes with all of their scales, or gpt-oss's MXFP4, which are read as values: they
+/// are the weights as trained or published. Integers and other fp4 are not: choosing codes again would start from what
+/// an earlier rounding left.
 ///
 /// # Errors
 /// [`JobError::Input`] naming a tensor whose scales are missing or do not fit.
 pub(crate) fn holds_float_codes(checkpoint: &Checkpoint) -> Result<bool, JobError> {
+    let source = FloatSource::new(checkpoint);
     let packed = |name: &str| {
         let Some((module, leaf)) = name.rsplit_once('.') else { return false };
-        let is_float = |dtype| matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F8_E4M3 | Dtype::F8_E5M2);
+        let is_float = |dtype| matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
         match leaf {
             "qweight" | "weight_packed" => true,
-            "weight" => checkpoint.info(name).is_some_and(|info| !is_float(info.dtype)),
+            "weight" => checkpoint.info(name).is_some_and(|info| !is_float(info.dtype)) && !source.is_coded(name),
             "weight_scale_2" => checkpoint.info(&format!("{module}.weight")).is_some(),
             _ => false,
         }
@@ -64,7 +66,7 @@ pub(crate) fn holds_float_codes(checkpoint: &Checkpoint) -> Result<bool, JobErro
     if checkpoint.names().any(packed) {
         return Ok(false);
     }
-    Ok(FloatSource::new(checkpoint).check().map_err(source_error)? > 0)
+    Ok(source.check().map_err(source_error)? > 0)
 }
 
 fn source_error(error: RuntimeError) -> JobError {

@@ -27,9 +27,6 @@ const ROWS: usize = 128;
 /// Panels that are read ahead.
 const AHEAD: usize = 4;
 
-/// Bytes between two pages that are touched.
-const PAGE: usize = 4096;
-
 /// Largest magnitudes that several linears share, by fused group: engines keep one global scale of NVFP4 for all shards.
 #[derive(Debug, Default)]
 pub(crate) struct Shared {
@@ -179,11 +176,8 @@ fn read_ahead(checkpoint: &Checkpoint, sites: &[QuantSite], passed: &SyncSender<
     for site in sites {
         let name = format!("{}.weight", site.module);
         for (first, rows) in panels(site) {
-            if let Ok(view) = checkpoint.tensor(&name) {
-                let size = view.dtype.bitsize() / 8 * site.in_features;
-                let bytes = view.data.get(first * size..(first + rows) * size).unwrap_or_default();
-                std::hint::black_box(bytes.iter().step_by(PAGE).fold(0u8, |sum, byte| sum ^ byte));
-            }
+            let size = checkpoint.info(&name).map_or(0, |info| info.dtype.bitsize() / 8 * site.in_features);
+            checkpoint.read_ahead(&name, first * size..(first + rows) * size);
             // The other side is gone once the run failed.
             if passed.send(()).is_err() {
                 return;

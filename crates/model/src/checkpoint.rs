@@ -1,8 +1,8 @@
 //! A model folder, opened.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fmt::{self, Write as _};
-use std::io;
+use std::fmt::Write as _;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
@@ -13,12 +13,18 @@ use crate::config::{self, Config};
 use crate::convert;
 use crate::discover::{self, Weights};
 use crate::error::ModelError;
-use crate::header::{self, Header};
-use crate::index;
+use crate::fused;
 use crate::map::ShardMap;
-use crate::open_file::open_regular;
+use crate::place::Place;
+use crate::shards::{open_shard, open_sharded, too_large};
 use crate::side_files;
+use crate::tensor::{DtypeCount, TensorInfo, TensorView};
 use crate::text::printable;
+
+/// Elements that are gathered at a time at least, of tensors that do not lie in one piece.
+const STRETCH: usize = 1 << 18;
+/// Bytes of the smallest pages.
+const PAGE: usize = 4096;
 
 /// A Hugging Face model folder whose config and headers have been checked, its weights mapped read-only.
 ///
@@ -31,70 +37,14 @@ pub struct Checkpoint {
     paths: Vec<PathBuf>,
     maps: Vec<ShardMap>,
     tensors: Vec<TensorInfo>,
+    /// Tensors of all experts of a layer, which `tensors` has by expert.
+    fused_tensors: usize,
     by_name: HashMap<String, usize>,
     aliases: BTreeMap<String, usize>,
     side_files: Vec<PathBuf>,
     digest: String,
     /// What was odd but not wrong, one sentence each, safe to print.
     pub warnings: Vec<String>,
-}
-
-/// What the header says of one tensor.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorInfo {
-    /// Its name in the file.
-    pub name: String,
-    /// Type of one element.
-    pub dtype: Dtype,
-    /// Dimensions, outermost first (C order); empty for a scalar.
-    pub shape: Vec<usize>,
-    /// Length of its data in bytes.
-    pub bytes: u64,
-    /// Its shard, a position in [`Checkpoint::shards`].
-    pub shard: usize,
-    /// Offset of its data in the shard's file.
-    start: usize,
-}
-
-impl TensorInfo {
-    /// Number of elements: the product of the shape, 1 for a scalar.
-    #[must_use]
-    pub fn elements(&self) -> usize {
-        // Checked against 64 bits when the header was read.
-        self.shape.iter().product()
-    }
-
-    fn range(&self) -> std::ops::Range<usize> {
-        // `start + bytes` is at most the length of the mapped file.
-        self.start..self.start + self.bytes as usize
-    }
-}
-
-/// One tensor in the mapped file.
-#[derive(Clone, Copy)]
-pub struct TensorView<'a> {
-    /// Type of one element.
-    pub dtype: Dtype,
-    /// Dimensions, outermost first (C order).
-    pub shape: &'a [usize],
-    /// Little-endian elements; the address need not be aligned to them.
-    pub data: &'a [u8],
-}
-
-/// Dtype, shape and length: the data may be gigabytes.
-impl fmt::Debug for TensorView<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{:?}, {} bytes", self.dtype, self.shape, self.data.len())
-    }
-}
-
-/// How much of a checkpoint has one dtype.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct DtypeCount {
-    /// Number of tensors.
-    pub tensors: usize,
-    /// Their data in bytes.
-    pub bytes: u64,
 }
 
 impl Checkpoint {
@@ -121,13 +71,14 @@ impl Checkpoint {
             for entry in header.entries {
                 let start = usize::try_from(header.data_start + entry.begin).map_err(|_| too_large(&paths[shard]))?;
                 let bytes = entry.end - entry.begin;
+                let length = usize::try_from(bytes).map_err(|_| too_large(&paths[shard]))?;
                 tensors.push(TensorInfo {
                     name: entry.name,
                     dtype: entry.dtype,
                     shape: entry.shape,
                     bytes,
                     shard,
-                    start,
+                    place: Place::whole(start, length),
                 });
             }
             if matches!(weights, Weights::Single(_)) {
@@ -135,6 +86,7 @@ impl Checkpoint {
             }
             maps.push(map);
         }
+        let (tensors, fused_tensors) = fused::split(tensors, &config.keys)?;
         let by_name: HashMap<_, _> = tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         // `transformers` and `safetensors.torch.save_model` store one of several tied tensors and note the others here.
         let aliases = metadata
@@ -149,7 +101,7 @@ impl Checkpoint {
             hex
         });
         let root = dir.to_path_buf();
-        Ok(Self { root, config, paths, maps, tensors, by_name, aliases, side_files, digest, warnings })
+        Ok(Self { root, config, paths, maps, tensors, fused_tensors, by_name, aliases, side_files, digest, warnings })
     }
 
     /// The folder it was opened from.
@@ -174,6 +126,13 @@ impl Checkpoint {
     #[must_use]
     pub fn shards(&self) -> &[PathBuf] {
         &self.paths
+    }
+
+    /// How many tensors hold all experts of a layer. What is seen here are one tensor per expert,
+    /// `….experts.{e}.{gate_proj, up_proj, down_proj}.weight` and `.bias`, as quantized experts are stored everywhere.
+    #[must_use]
+    pub fn fused_tensors(&self) -> usize {
+        self.fused_tensors
     }
 
     /// Names of the stored tensors, by shard and then by offset. Aliases are not among them.
@@ -205,16 +164,17 @@ impl Checkpoint {
         self.aliases.iter().filter_map(|(alias, i)| Some((alias.as_str(), self.tensors.get(*i)?.name.as_str())))
     }
 
-    /// Tensor `name` (aliases are followed) as it lies in the mapped file.
+    /// Tensor `name` (aliases are followed) as it lies in the mapped file; a copy where an expert lies transposed or
+    /// interleaved in a tensor of all experts.
     ///
     /// # Errors
     ///
-    /// [`ModelError::UnknownTensor`]; [`ModelError::Changed`] where the file was modified since it was opened.
+    /// [`ModelError::UnknownTensor`]; [`ModelError::Changed`] where the file was modified since it was opened;
+    /// [`ModelError::OutOfMemory`] for a copy.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, ModelError> {
-        let info = self.info(name).ok_or_else(|| self.unknown(name))?;
-        let changed = || ModelError::Changed { path: self.paths[info.shard].clone() };
-        let map = self.maps.get(info.shard).filter(|map| map.is_unchanged()).ok_or_else(changed)?;
-        let data = map.bytes().get(info.range()).ok_or_else(changed)?;
+        let (info, map) = self.find(name)?;
+        let changed = || self.changed(info);
+        let data = info.place.read(map.bytes()).map_err(|_| out_of_memory(name, info.bytes))?.ok_or_else(changed)?;
         Ok(TensorView { dtype: info.dtype, shape: &info.shape, data })
     }
 
@@ -228,7 +188,7 @@ impl Checkpoint {
         // The probe turns an allocation that cannot succeed into an error; the second call then gets zeroed pages
         // straight from the system, which a `resize` would touch twice.
         let probe = Vec::<f32>::new().try_reserve_exact(elements);
-        probe.map_err(|_| ModelError::OutOfMemory { what: name.to_owned(), bytes: 4 * elements as u64 })?;
+        probe.map_err(|_| out_of_memory(name, 4 * elements as u64))?;
         let mut out = vec![0.0; elements];
         self.tensor_f32_into(name, &mut out)?;
         Ok(out)
@@ -254,15 +214,31 @@ impl Checkpoint {
     ///
     /// As there; [`ModelError::Length`] where the tensor does not reach that far.
     pub fn tensor_f32_part(&self, name: &str, first: usize, out: &mut [f32]) -> Result<(), ModelError> {
-        let view = self.tensor(name)?;
-        let not_float = || ModelError::NotFloat { tensor: name.to_owned(), dtype: view.dtype };
-        let bytes = convert::float_bytes(view.dtype).ok_or_else(not_float)?;
+        let (info, map) = self.find(name)?;
+        let not_float = || ModelError::NotFloat { tensor: name.to_owned(), dtype: info.dtype };
+        let bytes = convert::float_bytes(info.dtype).ok_or_else(not_float)?;
         let end = first.saturating_add(out.len());
-        let data = view.data.get(first.saturating_mul(bytes)..end.saturating_mul(bytes)).ok_or_else(|| {
-            let (found, wanted) = ((view.data.len() / bytes) as u64, end as u64);
-            ModelError::Length { tensor: name.to_owned(), unit: "elements", found, wanted }
-        })?;
-        convert::to_f32(view.dtype, data, out);
+        if end > info.elements() {
+            let (found, wanted) = (info.elements() as u64, end as u64);
+            return Err(ModelError::Length { tensor: name.to_owned(), unit: "elements", found, wanted });
+        }
+        if info.place.is_whole() {
+            let start = info.place.span().start;
+            // Inside the tensor.
+            let data = map.bytes().get(start + first * bytes..start + end * bytes);
+            convert::to_f32(info.dtype, data.ok_or_else(|| self.changed(info))?, out);
+            return Ok(());
+        }
+        let stretch = info.place.stretch().max(STRETCH);
+        let mut data = Vec::new();
+        let longest = stretch.min(out.len()) * bytes;
+        data.try_reserve_exact(longest).map_err(|_| out_of_memory(name, longest as u64))?;
+        for (i, out) in out.chunks_mut(stretch).enumerate() {
+            data.resize(out.len() * bytes, 0);
+            let gathered = info.place.gather(map.bytes(), first + i * stretch, &mut data);
+            gathered.ok_or_else(|| self.changed(info))?;
+            convert::to_f32(info.dtype, &data, out);
+        }
         Ok(())
     }
 
@@ -273,18 +249,38 @@ impl Checkpoint {
     pub fn release<'a>(&self, names: impl IntoIterator<Item = &'a str>) {
         for info in names.into_iter().filter_map(|name| self.info(name)) {
             if let Some(map) = self.maps.get(info.shard) {
-                map.forget(info.range());
+                map.forget(info.place.span());
             }
         }
     }
 
-    /// [`Checkpoint::release`] of some bytes of one tensor's data.
-    pub fn release_part(&self, name: &str, bytes: std::ops::Range<usize>) {
-        let Some((info, map)) = self.info(name).and_then(|info| Some((info, self.maps.get(info.shard)?))) else {
-            return;
-        };
-        let whole = info.range();
-        map.forget(whole.start.saturating_add(bytes.start)..whole.end.min(whole.start.saturating_add(bytes.end)));
+    /// [`Checkpoint::release`] of some bytes of one tensor's data. What does not lie in one piece is let go as a whole,
+    /// with its last byte.
+    pub fn release_part(&self, name: &str, bytes: Range<usize>) {
+        if let Some((range, map)) = self.pages(name, bytes, false) {
+            map.forget(range);
+        }
+    }
+
+    /// Reads some bytes of one tensor's data into memory, if they are not there: one byte per page is touched. What does
+    /// not lie in one piece is read as a whole, with its first byte.
+    pub fn read_ahead(&self, name: &str, bytes: Range<usize>) {
+        if let Some((range, map)) = self.pages(name, bytes, true) {
+            let data = map.bytes().get(range).filter(|_| map.is_unchanged()).unwrap_or_default();
+            std::hint::black_box(data.iter().step_by(PAGE).fold(0u8, |sum, byte| sum ^ byte));
+        }
+    }
+
+    /// Where bytes of a tensor's data lie in its file.
+    fn pages(&self, name: &str, bytes: Range<usize>, starts: bool) -> Option<(Range<usize>, &ShardMap)> {
+        let info = self.info(name)?;
+        let (map, span) = (self.maps.get(info.shard)?, info.place.span());
+        if info.place.is_whole() {
+            let at = |byte: usize| span.start.saturating_add(byte).min(span.end);
+            return Some((at(bytes.start)..at(bytes.end), map));
+        }
+        let due = if starts { bytes.start == 0 } else { bytes.end as u64 >= info.bytes };
+        due.then_some((span, map))
     }
 
     /// Data of all tensors in bytes, headers not counted.
@@ -329,6 +325,17 @@ impl Checkpoint {
         side_files::copy(&self.root, &self.side_files, dst)
     }
 
+    /// A tensor and its file, which must be what it was.
+    fn find(&self, name: &str) -> Result<(&TensorInfo, &ShardMap), ModelError> {
+        let info = self.info(name).ok_or_else(|| self.unknown(name))?;
+        let map = self.maps.get(info.shard).filter(|map| map.is_unchanged());
+        Ok((info, map.ok_or_else(|| self.changed(info))?))
+    }
+
+    fn changed(&self, info: &TensorInfo) -> ModelError {
+        ModelError::Changed { path: self.paths[info.shard].clone() }
+    }
+
     fn unknown(&self, name: &str) -> ModelError {
         let hint = match self.tensors.first() {
             Some(first) => {
@@ -340,59 +347,8 @@ impl Checkpoint {
     }
 }
 
-type OpenShard = (Header, ShardMap);
-
-/// Opens every shard that an index names, and checks that they agree.
-fn open_sharded(
-    dir: &Path,
-    path: &Path,
-    warnings: &mut Vec<String>,
-) -> Result<(Vec<PathBuf>, Vec<OpenShard>), ModelError> {
-    let index = index::read(path)?;
-    let names = index.shards();
-    discover::unlisted(dir, &names, warnings)?;
-    let mut paths = Vec::with_capacity(names.len());
-    let mut opened = Vec::with_capacity(names.len());
-    for name in &names {
-        let shard = dir.join(name);
-        let missing = std::fs::symlink_metadata(&shard).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
-        if missing {
-            let name = printable(name);
-            let reason = format!("the index names shard `{name}`, which is not in the folder: download it");
-            return Err(ModelError::index(path, reason));
-        }
-        opened.push(open_shard(&shard)?);
-        paths.push(shard);
-    }
-    let held: Vec<_> = names
-        .iter()
-        .zip(&opened)
-        .map(|(name, (header, _))| (name.as_str(), header.entries.iter().map(|e| e.name.as_str()).collect()))
-        .collect();
-    index.agree(path, &held)?;
-    let found: u64 = opened.iter().flat_map(|(header, _)| &header.entries).map(|e| e.end - e.begin).sum();
-    if let Some(said) = index.total_size.filter(|said| *said != found) {
-        warnings.push(format!("the index gives a total size of {said} bytes, the shards hold {found}"));
-    }
-    Ok((paths, opened))
-}
-
-fn open_shard(path: &Path) -> Result<OpenShard, ModelError> {
-    let (file, size) = open_regular(path)?;
-    let header = header::read(path, &file, size)?;
-    let map = ShardMap::new(file).map_err(|e| match e.kind() {
-        io::ErrorKind::OutOfMemory => too_large(path),
-        _ => ModelError::io("map", path)(e),
-    })?;
-    if map.bytes().len() as u64 != size {
-        return Err(ModelError::Changed { path: path.to_path_buf() });
-    }
-    Ok((header, map))
-}
-
-fn too_large(path: &Path) -> ModelError {
-    let bytes = std::fs::metadata(path).map_or(0, |m| m.len());
-    ModelError::OutOfMemory { what: path.display().to_string(), bytes }
+fn out_of_memory(what: &str, bytes: u64) -> ModelError {
+    ModelError::OutOfMemory { what: what.to_owned(), bytes }
 }
 
 fn add_to(digest: &mut Sha256, part: &[u8]) {

@@ -159,6 +159,16 @@ pub enum ModelError {
         /// What was found and what was wanted.
         reason: String,
     },
+    /// Experts stored in one tensor per layer, in a form that nobody publishes.
+    #[error("tensor `{}` holds all experts of a layer, and {found}; wanted {wanted}", printable(.tensor))]
+    FusedExperts {
+        /// The tensor.
+        tensor: String,
+        /// What is wrong with it.
+        found: String,
+        /// What experts look like.
+        wanted: String,
+    },
     /// A tensor was asked for that the checkpoint does not hold.
     #[error("tensor `{}` is not in `{}`: {hint}", printable(.tensor), printable_path(.path))]
     UnknownTensor {

@@ -1,4 +1,4 @@
-//! Checkpoints whose weights are fp8 codes, read as the values they stand for.
+//! Checkpoints whose weights are fp8 or MXFP4 codes, read as the values they stand for.
 
 use lite_decoder::{CheckpointSource, DecoderError, WeightSource};
 use lite_model::{Checkpoint, Dtype, TensorInfo, printable};
@@ -20,28 +20,50 @@ const USUAL_BLOCK: (usize, usize) = (128, 128);
 /// Where wrapper models keep the config of their language model.
 const INNER_CONFIGS: [&str; 3] = ["text_config", "llm_config", "language_config"];
 
-/// A checkpoint as a source of weights: BF16, F16 and F32 as they are, fp8 codes times their scales.
+/// A checkpoint as a source of weights: BF16, F16 and F32 as they are, fp8 and MXFP4 codes times their scales.
 ///
 /// A tensor of dtype F8_E4M3 or F8_E5M2 is coded; its scales are the tensor `<name>_scale_inv` or `<name>_scale`. What
 /// they cover follows from their shape: one value for the tensor, `[N]` or `[N, 1]` for output channels, `[N, K/g]` for
 /// groups, else blocks of the size in the config (`weight_block_size`, or `block_structure` in compressed-tensors).
-/// Reads what DeepSeek, transformers, AutoFP8, compressed-tensors and ModelOpt write.
+/// Reads what DeepSeek, transformers, AutoFP8, compressed-tensors and ModelOpt write. A tensor of dtype F4 is coded where
+/// the config says `mxfp4`, as gpt-oss's does: two E2M1 codes to a byte, the lower half first (OCP Microscaling Formats
+/// v1.0), and a power of two for every 32 inputs.
 #[derive(Debug, Clone, Copy)]
 pub struct FloatSource<'a> {
     checkpoint: &'a Checkpoint,
     plain: CheckpointSource<'a>,
     block: Option<(usize, usize)>,
+    mxfp4: bool,
 }
 
 impl<'a> FloatSource<'a> {
     /// A source over `checkpoint`, which need not hold any codes.
     pub fn new(checkpoint: &'a Checkpoint) -> Self {
-        Self { checkpoint, plain: CheckpointSource::new(checkpoint), block: block_size(checkpoint.config()) }
+        let quantization = quantization(checkpoint.config());
+        let method = quantization.and_then(|found| found.get("quant_method")?.as_str());
+        Self {
+            checkpoint,
+            plain: CheckpointSource::new(checkpoint),
+            block: quantization.and_then(block_size),
+            mxfp4: method == Some("mxfp4"),
+        }
     }
 
-    /// Whether tensor `name` holds fp8 codes.
+    /// Whether tensor `name` holds fp8 or MXFP4 codes.
     pub fn is_coded(&self, name: &str) -> bool {
-        self.checkpoint.info(name).is_some_and(|info| format_of(info.dtype).is_some())
+        self.checkpoint.info(name).is_some_and(|info| self.format_of(info.dtype).is_some())
+    }
+
+    /// What the codes are called that it reads as values.
+    pub fn kind_of_codes(&self) -> &'static str {
+        if self.mxfp4 { "MXFP4" } else { "fp8" }
+    }
+
+    fn format_of(&self, dtype: Dtype) -> Option<FloatFormat> {
+        match dtype {
+            Dtype::F4 if self.mxfp4 => Some(FloatFormat::E2M1),
+            other => format_of(other),
+        }
     }
 
     /// Checks the headers of all coded tensors and their scales, and returns how many there are.
@@ -52,7 +74,7 @@ impl<'a> FloatSource<'a> {
     pub fn check(&self) -> Result<usize, RuntimeError> {
         let mut coded = 0;
         for info in self.checkpoint.names().filter_map(|name| self.checkpoint.info(name)) {
-            if format_of(info.dtype).is_some() {
+            if self.format_of(info.dtype).is_some() {
                 self.scheme(info)?;
                 coded += 1;
             }
@@ -63,7 +85,11 @@ impl<'a> FloatSource<'a> {
     /// Why tensor `name` is not part of the weights: it only serves codes that are read as values.
     pub fn dropped(&self, name: &str) -> Option<&'static str> {
         if SCALES.iter().any(|suffix| name.strip_suffix(suffix).is_some_and(|base| self.is_coded(base))) {
-            return Some("scales of fp8 codes, which are read as the values they stand for");
+            return Some(if self.mxfp4 {
+                "scales of MXFP4 codes, which are read as the values they stand for"
+            } else {
+                "scales of fp8 codes, which are read as the values they stand for"
+            });
         }
         let (module, leaf) = name.rsplit_once('.')?;
         if ACTIVATION_SCALES.contains(&leaf) && self.is_coded(&format!("{module}.weight")) {
@@ -81,15 +107,20 @@ impl<'a> FloatSource<'a> {
     /// # Errors
     /// [`RuntimeError::Codes`]: it is not coded, its scales are missing or do not fit, or a value is NaN or infinite.
     pub fn codes(&self, name: &str) -> Result<FloatLinear, RuntimeError> {
-        let info = self.checkpoint.info(name).filter(|info| format_of(info.dtype).is_some());
-        let info = info.ok_or_else(|| broken(name, "holds no fp8 codes"))?;
+        let info = self.checkpoint.info(name).filter(|info| self.format_of(info.dtype).is_some());
+        let info = info.ok_or_else(|| broken(name, "holds no fp8 or MXFP4 codes"))?;
         let (scheme, scales, [n, k]) = self.scheme(info)?;
         let view = self.checkpoint.tensor(&scales.name)?;
-        let values = decode_scales(view.dtype, view.data);
-        if let Some(bad) = values.iter().find(|value| !value.is_finite()) {
+        let values = decode_scales(view.dtype, &view.data);
+        let largest = f32::MAX / if scheme.format == FloatFormat::E2M1 { scheme.format.largest() } else { 1.0 };
+        if let Some(bad) = values.iter().find(|value| !value.is_finite() || value.abs() > largest) {
             return Err(broken(&scales.name, format!("holds {bad}; the file is damaged: download it again")));
         }
-        let codes = self.checkpoint.tensor(name)?.data.to_vec();
+        let data = self.checkpoint.tensor(name)?.data;
+        let codes = match scheme.format {
+            FloatFormat::E2M1 => data.iter().flat_map(|pair| [pair & 15, pair >> 4]).collect(),
+            _ => data.into_owned(),
+        };
         let special: [bool; 256] = std::array::from_fn(|code| !scheme.format.decode(code as u8).is_finite());
         let count = codes.iter().filter(|code| special[usize::from(**code)]).count();
         if count > 0 {
@@ -112,18 +143,20 @@ impl<'a> FloatSource<'a> {
     /// How a coded tensor is coded, its scales, and `[N, K]`.
     fn scheme(&self, info: &TensorInfo) -> Result<(FloatScheme, &'a TensorInfo, [usize; 2]), RuntimeError> {
         let name = &info.name;
-        let format = format_of(info.dtype).ok_or_else(|| broken(name, "holds no fp8 codes"))?;
+        let format = self.format_of(info.dtype).ok_or_else(|| broken(name, "holds no fp8 or MXFP4 codes"))?;
         let &[n, k] = info.shape.as_slice() else {
-            let reason = format!("holds fp8 codes of shape {:?}; only matrices [N, K] are read", info.shape);
+            let kind = self.kind_of_codes();
+            let reason = format!("holds {kind} codes of shape {:?}; only matrices [N, K] are read", info.shape);
             return Err(broken(name, reason));
         };
         let mut found = SCALES.iter().filter_map(|suffix| self.checkpoint.info(&format!("{name}{suffix}")));
         let (scales, more) = (found.next(), found.next());
         let Some(scales) = scales else {
             let reason = format!(
-                "holds fp8 codes, but their scales, `{0}_scale_inv` or `{0}_scale`, are missing; the checkpoint is \
+                "holds {1} codes, but their scales, `{0}_scale_inv` or `{0}_scale`, are missing; the checkpoint is \
                  incomplete: download it again",
-                printable(name)
+                printable(name),
+                self.kind_of_codes()
             );
             return Err(broken(name, reason));
         };
@@ -239,10 +272,14 @@ fn decode_scales(dtype: Dtype, data: &[u8]) -> Vec<f32> {
     }
 }
 
-/// Rows and columns of a block, where the config says.
-fn block_size(config: &Map<String, Value>) -> Option<(usize, usize)> {
+/// What the config says of the codes.
+fn quantization(config: &Map<String, Value>) -> Option<&Map<String, Value>> {
     let inner = INNER_CONFIGS.iter().filter_map(|key| config.get(*key)?.as_object());
-    let quantization = std::iter::once(config).chain(inner).find_map(|c| c.get("quantization_config")?.as_object())?;
+    std::iter::once(config).chain(inner).find_map(|c| c.get("quantization_config")?.as_object())
+}
+
+/// Rows and columns of a block, where the config says.
+fn block_size(quantization: &Map<String, Value>) -> Option<(usize, usize)> {
     let pair = |value: &Value| {
         let [rows, columns] = value.as_array()?.as_slice() else { return None };
         let side = |value: &Value| usize::try_from(value.as_u64()?).ok().filter(|side| *side > 0);

@@ -154,3 +154,59 @@ fn only_what_serves_codes_is_dropped() {
     found.sort_unstable();
     assert_eq!(found, wanted);
 }
+
+/// The experts of a tiny gpt-oss, against what transformers makes of their codes.
+#[test]
+fn mxfp4_of_gpt_oss_is_what_transformers_reads() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/fused/gpt-oss-mxfp4");
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let source = FloatSource::new(&checkpoint);
+    assert_eq!((source.check().unwrap(), source.kind_of_codes()), (2 * 3 * 3, "MXFP4"));
+    let plain = tempfile::tempdir().unwrap();
+    std::fs::copy(dir.join("values.safetensors"), plain.path().join("model.safetensors")).unwrap();
+    std::fs::write(plain.path().join("config.json"), "{}").unwrap();
+    let values = Checkpoint::open(plain.path()).unwrap();
+    assert_eq!(values.names().len(), 2 * 3 * 6);
+    for name in values.names().map(str::to_owned) {
+        let wanted = values.tensor_f32(&name).unwrap();
+        assert_eq!(source.tensor_f32(&name).unwrap(), wanted, "{name}");
+        let (shape, loaded) = source.load(&name).unwrap();
+        assert_eq!((&shape, &loaded), (&values.info(&name).unwrap().shape, &wanted), "{name}");
+        let coded = name.ends_with(".weight");
+        assert_eq!(source.is_coded(&name), coded);
+        if coded {
+            let width = shape[1];
+            assert_eq!(source.rows(&name, &[3, 0]).unwrap()[..width], wanted[3 * width..4 * width]);
+            let dropped = source.dropped(&format!("{name}_scale")).unwrap();
+            assert!(dropped.contains("MXFP4"), "{dropped}");
+        }
+        source.release(&[name]);
+    }
+    let (linears, unknown) = crate::stored_linears(&checkpoint);
+    assert_eq!((linears.len(), unknown.len()), (18, 0));
+    let down = linears.iter().find(|linear| linear.module.ends_with("0.mlp.experts.2.down_proj")).unwrap();
+    assert_eq!((down.out_features, down.in_features, down.bits), (64, 32, 4));
+    assert_eq!(down.float_format(&checkpoint), Some(FloatFormat::E2M1));
+}
+
+/// Scales under which the largest code would be infinite, or that are NaN; and codes under another name of the method.
+#[test]
+fn mxfp4_scales_out_of_range_are_damage() {
+    let config = |method: &str| format!("{{\"quantization_config\": {{\"quant_method\": \"{method}\"}}}}");
+    let weight = || ("m.weight", Dtype::F4, &[1usize, 32][..], vec![0x7fu8; 16]);
+    for (scale, good) in [(0, true), (127, true), (252, true), (253, false), (254, false), (255, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let scales = ("m.weight_scale", Dtype::F8_E8M0, &[1usize, 1][..], vec![scale]);
+        let checkpoint = write(dir.path(), &config("mxfp4"), &[weight(), scales]);
+        let found = FloatSource::new(&checkpoint).tensor_f32("m.weight");
+        assert_eq!(found.is_ok(), good, "{scale}");
+        if let Ok(found) = found {
+            // Codes 15 and 7, the lower half first.
+            let one = 2f32.powi(i32::from(scale) - 127);
+            assert_eq!(found[..2], [-6.0 * one, 6.0 * one]);
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = write(dir.path(), &config("other"), &[weight()]);
+    assert!(!FloatSource::new(&checkpoint).is_coded("m.weight"));
+}

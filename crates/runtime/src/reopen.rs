@@ -1,5 +1,6 @@
 //! A quantized checkpoint read back from disk.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use lite_decoder::{CheckpointSource, DecoderError, WeightSource};
@@ -57,7 +58,9 @@ impl QuantizedCheckpoint {
     pub fn linear(&self, module: &str, n: usize, k: usize) -> Result<Unpacked, RuntimeError> {
         let get = |suffix: &str| {
             let view = self.checkpoint.tensor(&format!("{module}.{suffix}")).ok()?;
-            Some(TensorRef { dtype: view.dtype, shape: view.shape, data: view.data })
+            // What layouts write lies in one piece.
+            let Cow::Borrowed(data) = view.data else { return None };
+            Some(TensorRef { dtype: view.dtype, shape: view.shape, data })
         };
         self.layout
             .unpack(self.config.scheme_of(module), n, k, &get)

@@ -43,7 +43,7 @@ pub enum Storage {
     Gptq,
     /// `weight_packed` I32 `[N, ⌈K·b/32⌉]`.
     PackedInt,
-    /// `weight_packed` or `weight` U8 `[N, K/2]`, two fp4 codes in a byte.
+    /// `weight_packed` or `weight` U8 `[N, K/2]`, or `weight` F4 `[N, K]`: two fp4 codes in a byte.
     PackedFp4,
     /// `weight` I8 `[N, K]`.
     Int8,
@@ -96,7 +96,7 @@ pub fn stored_linears(checkpoint: &Checkpoint) -> (Vec<StoredLinear>, Vec<String
         let codes = match (leaf, info.dtype) {
             ("qweight" | "weight_packed", _) => true,
             ("weight", Dtype::F8_E4M3 | Dtype::F8_E5M2) => true,
-            ("weight", Dtype::I8 | Dtype::U8) => scaled(),
+            ("weight", Dtype::I8 | Dtype::U8 | Dtype::F4) => scaled(),
             _ => false,
         };
         if !codes {
@@ -190,6 +190,7 @@ fn bytes<'a>(weight: &TensorInfo, part: &dyn Fn(&str) -> Option<&'a TensorInfo>)
     let (storage, k, bits) = match weight.dtype {
         Dtype::I8 => (Storage::Int8, columns, 8),
         Dtype::U8 => (Storage::PackedFp4, columns.checked_mul(2)?, 4),
+        Dtype::F4 => (Storage::PackedFp4, columns, 4),
         _ => (Storage::Fp8, columns, 8),
     };
     let scales = ["weight_scale", "weight_scale_inv", "scale"].into_iter().find_map(part);

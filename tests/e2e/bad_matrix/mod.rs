@@ -41,7 +41,7 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ),
     ("27", "templates without end: crates/calib/src/template_tests.rs, with limits of time, depth and size"),
     ("35", "biases, fused and shared tensors: families.rs and crates/decoder/tests; unknown decoders are row 22"),
-    ("37", "experts: the tests of families that have them"),
+    ("37c", "other experts: fused.rs, and the tests of families that have them"),
     ("38", "singular and empty Gram matrices: crates/gptq/tests and gptq.rs"),
     ("43", "text that holds the begin token already: crates/calib/src/construct_tests.rs"),
     ("51", "a full disk at every write: faults.rs"),

@@ -138,6 +138,23 @@ pub(super) const ROWS: &[Row] = &[
     row("33b", "a group wider than a row", |_, _| (), "CAL --w-group-size 512", 2),
     row("34", "a split that does not divide", |_, _| (), "CAL --target turbomind --tp 3", 4),
     row("36", "a tensor that nobody reads", |m, _| add(m, "model.rotary.inv_freq", &[32]), "RTN", 0),
+    row(
+        "37a",
+        "experts in one tensor of no known shape",
+        |m, _| {
+            add(m, "model.layers.0.mlp.experts.gate_up_proj", &[4, 3, 8]);
+            add(m, "model.layers.0.mlp.experts.down_proj", &[4, 8, 3]);
+        },
+        "RTN",
+        3,
+    ),
+    row(
+        "37b",
+        "experts without their second half",
+        |m, _| add(m, "model.layers.0.mlp.experts.gate_up_proj", &[4, 8, 3]),
+        "RTN",
+        3,
+    ),
     row("39a", "alpha -1", |_, _| (), "smooth_quant MODEL --work-dir OUT --alpha -1", 2),
     row("39b", "alpha NaN", |_, _| (), "smooth_quant MODEL --work-dir OUT --alpha nan", 2),
 ];

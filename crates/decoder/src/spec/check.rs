@@ -116,9 +116,6 @@ impl DecoderSpec {
             .filter(|(need, found)| found.is_none() && !need.optional)
             .map(|(need, _)| need.name.as_str())
             .collect();
-        if let Some(error) = self.fused_experts(&missing, shape_of) {
-            return Err(error);
-        }
         if !missing.is_empty() {
             let listed: Vec<String> = missing.iter().take(LISTED).map(|name| format!("`{}`", clean(name))).collect();
             let dots = if missing.len() > LISTED { ", …" } else { "" };
@@ -140,15 +137,6 @@ impl DecoderSpec {
             Some((tensor, experts)) => Err(DecoderError::ExtraExpert { tensor, experts }),
             None => Ok(()),
         }
-    }
-
-    /// The error for experts that are missing because the file holds them in one tensor, as transformers does in memory.
-    fn fused_experts(&self, missing: &[&str], shape_of: &dyn Fn(&str) -> Option<Vec<usize>>) -> Option<DecoderError> {
-        let (wanted, module) =
-            missing.iter().find_map(|name| Some((*name, name.split_once(".experts.0.").map(|(module, _)| module)?)))?;
-        let fused = ["gate_up_proj", "down_proj"].map(|part| format!("{module}.experts.{part}"));
-        let (tensor, shape) = fused.into_iter().find_map(|name| Some((name.clone(), shape_of(&name)?)))?;
-        Some(DecoderError::FusedExperts { tensor: clean(&tensor), shape, wanted: wanted.to_owned() })
     }
 
     /// The tensors that one more block would have.

@@ -7,7 +7,7 @@ use super::dense_families::{
 use super::described::described;
 use super::mla::MlaRules;
 use super::moe::MoeRules;
-use super::moe_families::{DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE};
+use super::moe_families::{DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_VL_MOE};
 use super::must::Must;
 use super::wrapper::WRAPPERS;
 use super::{Activation, GateUpLayout, NormKind, QkvLayout, RopePairing, RopeScaling};
@@ -399,14 +399,17 @@ pub(super) fn family(config: &Section) -> Result<&'static FamilyInfo, DecoderErr
     }
 }
 
+/// Decoders that are only published inside other models.
+static INNER_FAMILIES: &[FamilyInfo] = &[QWEN3_VL_MOE];
+
 /// The families that files describe, then those of [`FAMILIES`].
 fn all() -> impl Iterator<Item = &'static FamilyInfo> {
     described().into_iter().chain(FAMILIES)
 }
 
-/// The family with this entry of `architectures`.
+/// The family with this entry of `architectures`, or of this name inside another model.
 pub(super) fn by_architecture(name: &str) -> Option<&'static FamilyInfo> {
-    all().find(|family| family.architecture == name)
+    all().chain(INNER_FAMILIES).find(|family| family.architecture == name)
 }
 
 /// All architectures, for messages.

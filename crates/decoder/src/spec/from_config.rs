@@ -72,7 +72,9 @@ impl DecoderSpec {
         let blocks = windows.into_iter().enumerate().map(|(index, window)| builder.block(index, window)).collect();
         let names = &family.names;
         let tie = "tie_word_embeddings";
-        let tied = place.holder(tie).flag(tie)?.unwrap_or(family.tied);
+        // Of a model around a decoder transformers asks the whole, where a section may hold its class's default.
+        let whole = place.outer.filter(|outer| outer.get(tie).is_some());
+        let tied = whole.unwrap_or_else(|| place.holder(tie)).flag(tie)?.unwrap_or(family.tied);
         let embed = format!("{}.weight", style.name(names.embed));
         let own = format!("{}.weight", style.name(names.head));
         Ok(Self {

@@ -37,6 +37,18 @@ pub(super) const QWEN3_MOE: FamilyInfo = FamilyInfo {
     ..LLAMA
 };
 
+/// Qwen3-VL-MoE's decoder: Qwen3 MoE, whose routers always normalise.
+pub(super) const QWEN3_VL_MOE: FamilyInfo = FamilyInfo {
+    architecture: "Qwen3VLMoeTextModel",
+    model_type: "qwen3_vl_moe_text",
+    title: "Qwen3-VL MoE (its decoder)",
+    kv_heads: Some(16),
+    max_positions: Positions::Default(128_000),
+    rope: RopeRules { theta: 500_000.0, ..ROPE },
+    moe: Some(MoeRules { routing: Routing::Softmax { normalize: Some(true) }, ..MOE }),
+    ..QWEN3_MOE
+};
+
 pub(super) const QWEN2_MOE: FamilyInfo = FamilyInfo {
     architecture: "Qwen2MoeForCausalLM",
     model_type: "qwen2_moe",

@@ -101,6 +101,15 @@ pub static WRAPPERS: &[WrapperInfo] = &[
         styles: &[Style::Inside],
     },
     WrapperInfo {
+        architecture: "Qwen3VLMoeForConditionalGeneration",
+        model_type: "qwen3_vl_moe",
+        title: "Qwen3-VL MoE (30B-A3B, 235B-A22B)",
+        section: "text_config",
+        flat: false,
+        family: Some("Qwen3VLMoeTextModel"),
+        styles: &[Style::Inside],
+    },
+    WrapperInfo {
         architecture: "Gemma3ForConditionalGeneration",
         model_type: "gemma3",
         title: "Gemma 3 (with vision)",
@@ -154,6 +163,7 @@ fn default_sizes(architecture: &str) -> Option<Sizes> {
         "LlamaForCausalLM" => [4096, 11_008, 32, 32, 32_000],
         "MistralForCausalLM" => [4096, 14_336, 32, 32, 32_000],
         "Qwen2ForCausalLM" | "Qwen3ForCausalLM" => [4096, 22_016, 32, 32, 151_936],
+        "Qwen3VLMoeTextModel" => [2048, 5632, 24, 16, 151_936],
         "Gemma3ForCausalLM" => [2304, 9216, 26, 8, 262_208],
         _ => return None,
     };
@@ -230,12 +240,12 @@ mod tests {
         assert_eq!(of(1, "model.layers.1.mlp.up_proj"), wanted("model.language_model.layers.1.mlp.up_proj"));
         assert_eq!((of(1, "lm_head"), of(2, "model.visual.merger.linear_fc1")), (None, None));
         assert_eq!(
-            of(3, "language_model.model.layers.0.mlp.up_proj"),
+            of(4, "language_model.model.layers.0.mlp.up_proj"),
             wanted("model.language_model.layers.0.mlp.up_proj")
         );
-        assert_eq!(of(3, "vision_tower.head.mlp.fc1"), wanted("model.vision_tower.head.mlp.fc1"));
-        assert_eq!(of(6, "language_model.lm_head"), wanted("lm_head"));
-        assert_eq!(of(4, "mlp1.1"), None, "transformers does not have this model");
+        assert_eq!(of(4, "vision_tower.head.mlp.fc1"), wanted("model.vision_tower.head.mlp.fc1"));
+        assert_eq!(of(7, "language_model.lm_head"), wanted("lm_head"));
+        assert_eq!(of(5, "mlp1.1"), None, "transformers does not have this model");
     }
 
     #[test]

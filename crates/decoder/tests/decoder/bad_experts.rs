@@ -263,19 +263,6 @@ fn experts_that_are_missing_or_too_many_are_named() {
 }
 
 #[test]
-fn experts_in_one_tensor_are_named() {
-    let mut shapes = shapes("qwen3-moe");
-    shapes.retain(|name, _| !name.contains("layers.2.mlp.experts."));
-    shapes.insert("model.layers.2.mlp.experts.gate_up_proj".to_owned(), vec![8, 32, 32]);
-    shapes.insert("model.layers.2.mlp.experts.down_proj".to_owned(), vec![8, 32, 16]);
-    let error = check(&config("qwen3-moe", json!({})), &shapes).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unsupported);
-    let message = error.to_string();
-    assert!(message.contains("`model.layers.2.mlp.experts.gate_up_proj` (shape [8, 32, 32])"), "{message}");
-    assert!(message.contains("`model.layers.2.mlp.experts.0.gate_proj.weight`"), "{message}");
-}
-
-#[test]
 fn latents_of_another_width_are_named() {
     let all = shapes("deepseek-v2");
     for (key, value, tensor) in [

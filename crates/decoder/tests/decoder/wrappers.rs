@@ -17,6 +17,7 @@ const CASES: &[(&str, &str, &str)] = &[
     ("qwen2_5-vl", "model.embed_tokens.weight", "lm_head"),
     ("qwen2_5-vl-sections", "model.embed_tokens.weight", "lm_head"),
     ("qwen3-vl", "model.language_model.embed_tokens.weight", "lm_head"),
+    ("qwen3-vl-moe", "model.language_model.embed_tokens.weight", "lm_head"),
 ];
 
 #[test]
@@ -79,6 +80,30 @@ fn sections_may_leave_sizes_to_their_class() {
     assert_eq!((spec.hidden, spec.vocab, spec.blocks.len(), spec.head.tied), (2560, 262_208, 34, true));
     // √2560 as bfloat16 has it.
     assert_eq!(spec.embed.scale, 50.5);
+}
+
+/// Qwen3-VL-30B-A3B's keys as they are published: other names than transformers 5 writes, for the same.
+#[test]
+fn qwen3_vl_moe_as_published() {
+    let saved = object(&root().join("tests/fixtures/wrappers/qwen3-vl-moe/config.json"));
+    let mut published = saved.clone();
+    let text = published["text_config"].as_object_mut().unwrap();
+    let rope = text.shift_remove("rope_parameters").unwrap();
+    let experts = text.shift_remove("num_local_experts").unwrap();
+    assert_eq!(text.shift_remove("tie_word_embeddings"), Some(true.into()));
+    let scaling = json!({"mrope_interleaved": true, "mrope_section": [4, 2, 2], "rope_type": "default"});
+    text.insert("rope_theta".into(), rope["rope_theta"].clone());
+    text.insert("rope_scaling".into(), scaling);
+    text.insert("num_experts".into(), experts);
+    text.insert("norm_topk_prob".into(), true.into());
+    let read = |config| DecoderSpec::from_config(config).unwrap();
+    assert_eq!(read(&published), read(&saved));
+    let spec = read(&saved);
+    // What the whole model says, not the section's default.
+    assert!(!spec.head.tied);
+    let moe = spec.blocks[1].moe().unwrap();
+    assert!(moe.router.normalize && moe.experts == 5 && moe.top_k == 2);
+    assert_eq!(moe.router.weight, "model.language_model.layers.1.mlp.gate.weight");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 mod container;
 mod folder;
+mod fused;
 mod limits;
 mod properties;
 mod real;

@@ -69,7 +69,7 @@ fn shards_and_their_index() {
     fs::write(dir.path().join("config.json"), CONFIG).unwrap();
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     assert!(checkpoint.warnings.is_empty());
-    assert_eq!(checkpoint.tensor("b").unwrap().data, [8; 8]);
+    assert_eq!(checkpoint.tensor("b").unwrap().data[..], [8; 8]);
 }
 
 #[test]
@@ -131,7 +131,7 @@ fn leftovers_of_a_killed_run_are_replaced() {
     fill(&writer);
     writer.finish().unwrap();
     fs::write(dir.path().join("config.json"), CONFIG).unwrap();
-    assert_eq!(Checkpoint::open(dir.path()).unwrap().tensor("a").unwrap().data, [7; 3]);
+    assert_eq!(Checkpoint::open(dir.path()).unwrap().tensor("a").unwrap().data[..], [7; 3]);
 }
 
 #[test]
