@@ -159,6 +159,7 @@ fn plan(
         eval_seqlen: 0,
         search: false,
         grams: true,
+        budget: recipe.max_memory.is_some(),
         at_once: true,
         solver: Solver::NEAREST,
         source_bytes_per_weight: (plain_dtype(checkpoint).bitsize() / 8) as u64,

@@ -35,8 +35,8 @@ pub(crate) fn fit_memory(
     warnings: &mut Vec<String>,
 ) -> Result<(MemoryEstimate, usize), JobError> {
     let limit = recipe.max_memory.or_else(available_memory);
-    // The estimate is good to a tenth or so: what costs little is given up before the budget is reached.
-    let tight = |memory: &MemoryEstimate| limit.is_some_and(|limit| memory.peak() + memory.peak() / 10 > limit);
+    // The estimate is good to 15 %.
+    let tight = |memory: &MemoryEstimate| limit.is_some_and(|limit| memory.peak() + memory.peak() / 100 * 15 > limit);
     let (mut memory, mut batch) = (estimate(batch), batch);
     if tight(&memory) {
         memory.middle = 0;
@@ -56,11 +56,9 @@ pub(crate) fn fit_memory(
         memory = MemoryEstimate { middle: 0, spooled: fewer.hidden > 0, ..fewer };
     }
     let memory = memory;
-    if let Some(limit) = recipe.max_memory
-        && memory.peak() > limit
-    {
+    if let Some(limit) = recipe.max_memory.filter(|_| tight(&memory)) {
         return Err(JobError::Resources(format!(
-            "this run needs about {} of memory even with its hidden states on disk, --max-memory allows {}: lower --batch-size or --calib-seqlen, or raise the limit",
+            "this run needs about {}, give or take 15 %, of memory even with its hidden states on disk, --max-memory allows {}: lower --batch-size, --calib-seqlen or --eval-samples, or raise the limit",
             mib(memory.peak()),
             mib(limit)
         )));

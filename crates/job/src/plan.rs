@@ -312,6 +312,7 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
         eval_seqlen,
         search: matches!(recipe.method, Method::Awq { search_scale: true }),
         grams: !gathers_inputs_only(recipe),
+        budget: recipe.max_memory.is_some(),
         at_once: recipe.calib.if_needed || matches!(recipe.method, Method::SmoothQuant { .. }),
         solver: recipe.solver,
         source_bytes_per_weight: (plain.bitsize() / 8) as u64,

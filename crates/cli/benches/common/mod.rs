@@ -7,11 +7,11 @@ use lite_decoder::{DecoderError, DecoderSpec, WeightSource};
 use lite_linalg::{Mat, Threads, gemm_into};
 
 /// Seeded noise instead of a checkpoint.
-pub struct Noise(BTreeMap<String, Vec<usize>>);
+pub(crate) struct Noise(BTreeMap<String, Vec<usize>>);
 
 impl Noise {
     /// Every tensor of `spec`.
-    pub fn of(spec: &DecoderSpec) -> Self {
+    pub(crate) fn of(spec: &DecoderSpec) -> Self {
         Self(spec.tensors().into_iter().map(|t| (t.name, t.shape)).collect())
     }
 }
@@ -29,7 +29,7 @@ impl WeightSource for Noise {
 }
 
 /// `len` values in [−scale, scale).
-pub fn noise(len: usize, scale: f32) -> Vec<f32> {
+pub(crate) fn noise(len: usize, scale: f32) -> Vec<f32> {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     (0..len)
         .map(|_| {
@@ -40,7 +40,7 @@ pub fn noise(len: usize, scale: f32) -> Vec<f32> {
 }
 
 /// The fastest of `runs`, seconds.
-pub fn best(runs: usize, mut work: impl FnMut()) -> f64 {
+pub(crate) fn best(runs: usize, mut work: impl FnMut()) -> f64 {
     (0..runs)
         .map(|_| {
             let start = Instant::now();
@@ -51,7 +51,7 @@ pub fn best(runs: usize, mut work: impl FnMut()) -> f64 {
 }
 
 /// Flops per second of a square product on all threads.
-pub fn gemm_rate(n: usize) -> f64 {
+pub(crate) fn gemm_rate(n: usize) -> f64 {
     let (a, b) = (noise(n * n, 1.0), noise(n * n, 1.0));
     let mut c = vec![0f32; n * n];
     let seconds = best(5, || gemm_into(&mut c, n, 0.0, 1.0, Mat::new(&a, n, n), Mat::new(&b, n, n).t(), Threads::All));
