@@ -372,7 +372,8 @@ pub(crate) struct ResourceArgs {
     #[arg(long, default_value = "5GB", value_parser = bytes, value_name = "SIZE")]
     pub(crate) max_shard_size: u64,
 
-    /// Memory budget, such as 16GB; hidden states go to a file when they would not fit
+    /// Memory budget, such as 16GB; hidden states go to a file when they would not fit, and if that is not enough, fewer
+    /// windows go through a forward pass at a time (unless --batch-size says how many)
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
     pub(crate) max_memory: Option<u64>,
 

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use lite_calib::Windows;
-use lite_decoder::{Block, BlockSpec, DecoderError, DecoderSpec, Fold, InputId, NoTap, Rope, Stream, Tap};
+use lite_decoder::{
+    Block, BlockSpec, DecoderError, DecoderSpec, Fold, InputId, NoTap, Rope, Stream, Tap, WeightSource,
+};
 use lite_model::{CheckpointWriter, Dtype};
 use lite_quant::{ScaleDtype, Weights};
 use lite_stats::{BlockStats, StatsTap};
@@ -96,7 +98,8 @@ impl Runner<'_> {
         Ok(sink.into_reports(self.plan))
     }
 
-    /// All inputs of a block are gathered in one pass, then all its linears are solved.
+    /// All inputs of a block outside of experts are gathered in one pass, then their linears are solved; then expert after
+    /// expert.
     fn in_parallel(
         &self,
         pass: &Pass<'_>,
@@ -190,7 +193,7 @@ impl Runner<'_> {
         round_biased_norms(&mut block, &|name| pass.storage(name))?;
         let names: Vec<String> =
             pass.spec.tensors().into_iter().filter(|t| t.block == Some(index)).map(|t| t.name).collect();
-        self.checkpoint.release(names.iter().map(String::as_str));
+        source.release(&names);
         Ok(block)
     }
 

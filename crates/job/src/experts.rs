@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;
-use lite_decoder::{Block, InputId, MoeSpec, Stream, gather, with_cpu_slice};
+use lite_decoder::{Block, InputId, MoeSpec, Role, Stream, gather, with_cpu_slice};
+use lite_quant::Weights;
 use lite_stats::CrossStats;
 
 use crate::batches::in_order;
@@ -118,34 +119,41 @@ impl Runner<'_> {
             if !last_block {
                 work.add_outputs(original, &coded, kept, lanes)?;
             }
-            // The coded weights have served.
-            for site in expert.inputs(index).iter().filter_map(|input| groups.get(input)).flatten() {
-                let role = crate::calibrate::role(site)?;
-                if let Some(weight) = original.weight(role) {
-                    coded.set_weight(role, weight.clone())?;
-                }
-            }
+            let sites = expert.inputs(index).into_iter().filter_map(|input| groups.get(&input)).flatten();
+            put_back(original, &mut coded, sites.copied())?;
         }
         Ok(errors)
     }
 
     /// Moves both lanes behind a solved block, from the heads' outputs: the same products of the same rows as in
-    /// [`Self::solve_experts`], and so the same bits.
+    /// [`Self::solve_experts`], and so the same bits. `linears` are the solved ones; those of experts are not in `coded` yet,
+    /// and are there one expert at a time.
     pub(crate) fn pass_experts(
         &self,
         pass: &Pass<'_>,
         original: &Block,
-        coded: &Block,
+        mut coded: Block,
+        linears: &[(&QuantSite, Weights)],
         lanes: &mut Lanes,
     ) -> Result<(), JobError> {
         let Some(moe) = original.spec().moe() else { return Ok(()) };
-        let stage = self.enter_experts(pass, moe, original, coded, lanes)?;
+        let index = original.spec().index;
+        let groups: BTreeMap<InputId, Vec<&QuantSite>> = by_input(self.plan, index).into_iter().collect();
+        let solved: BTreeMap<&str, &Weights> = linears.iter().map(|(site, w)| (site.module.as_str(), w)).collect();
+        let stage = self.enter_experts(pass, moe, original, &coded, lanes)?;
         for expert in all_experts(moe) {
             self.go_on()?;
+            let sites = || expert.inputs(index).into_iter().filter_map(|input| groups.get(&input)).flatten().copied();
+            for site in sites() {
+                if let Some(weights) = solved.get(site.module.as_str()) {
+                    self.place(&mut coded, site, &weights.dequantize())?;
+                }
+            }
             let [float, quantized] = [0, 1].map(|i| expert.rows(&stage[i]));
             let own = chunks(&float, &quantized);
             let work = Work { runner: self, stage: &stage, expert, own: &own, moe, poor: None, roots: None };
-            work.add_outputs(original, coded, Vec::new(), lanes)?;
+            work.add_outputs(original, &coded, Vec::new(), lanes)?;
+            put_back(original, &mut coded, sites())?;
         }
         Ok(())
     }
@@ -190,6 +198,26 @@ impl Runner<'_> {
         )?;
         Ok(state.1)
     }
+}
+
+/// The float weights of linears whose coded ones have served.
+fn put_back<'s>(
+    original: &Block,
+    coded: &mut Block,
+    sites: impl Iterator<Item = &'s QuantSite>,
+) -> Result<(), JobError> {
+    for site in sites {
+        let role = crate::calibrate::role(site)?;
+        if let Some(weight) = original.weight(role) {
+            coded.set_weight(role, weight.clone())?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a linear belongs to an expert, routed or shared.
+pub(crate) fn is_experts(site: &QuantSite) -> bool {
+    site.site.is_some_and(|id| matches!(id.role, Role::Expert(..) | Role::Shared(_)))
 }
 
 /// In the order in which their outputs are added.

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use candle_core::Device;
 use lite_calib::{ModelTokenizer, Windows};
-use lite_decoder::{Block, DecoderSpec, Rope, with_cpu_slice};
+use lite_decoder::{Block, DecoderSpec, Rope, WeightSource, with_cpu_slice};
 use lite_model::{Checkpoint, CheckpointWriter, OutputTensor, atomic_write};
 use lite_quant::{ScaleDtype, Scheme};
 use lite_stats::StatsTap;
@@ -98,7 +98,8 @@ pub fn calibrate(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) 
     words.notes.iter().for_each(|note| observer.event(Event::Note(note)));
     observer.event(Event::PlannedStatistics(&plan));
     let windows = load_windows(recipe, &checkpoint, &spec, &plan, observer, cancel)?;
-    let facts = Facts::new(&checkpoint, &described_architecture(checkpoint.config()), &windows, recipe.calib.seed)?;
+    let described = described_architecture(checkpoint.config(), Some(&spec));
+    let facts = Facts::new(&checkpoint, &described, &windows, recipe.calib.seed)?;
     let (work, remains) = WorkDir::open(&recipe.work_dir, Some(checkpoint.root()), recipe.overwrite)?;
     observer.event(Event::Opened { log: &work.log_file() });
     if remains {
@@ -255,7 +256,7 @@ impl Gatherer<'_> {
             let block = Block::load(self.spec, index, &source, &self.device)?;
             let names = self.spec.tensors().into_iter().filter(|t| t.block == Some(index));
             let names: Vec<String> = names.map(|t| t.name).collect();
-            self.checkpoint.release(names.iter().map(String::as_str));
+            source.release(&names);
             clock.step(index, "calibrate");
             let mut tap = StatsTap::new(block_spec);
             for first in (0..hidden.windows()).step_by(self.plan.batch) {

@@ -48,17 +48,13 @@ pub(crate) fn fit_memory(
     // what happens to be free does not decide the bytes of the result.
     let lowered = recipe.max_memory.is_some() && recipe.batch_size.is_none();
     while lowered && tight(&memory) && batch > 1 {
-        let fewer = estimate(batch / 2);
-        if fewer.peak() >= estimate(batch).peak() {
-            break;
-        }
         batch /= 2;
+        let fewer = estimate(batch);
         memory = MemoryEstimate { middle: 0, spooled: fewer.hidden > 0, ..fewer };
     }
-    let memory = memory;
     if let Some(limit) = recipe.max_memory.filter(|_| tight(&memory)) {
         return Err(JobError::Resources(format!(
-            "this run needs about {}, give or take 15 %, of memory even with its hidden states on disk, --max-memory allows {}: lower --batch-size, --calib-seqlen or --eval-samples, or raise the limit",
+            "this run needs about {}, give or take 15 %, of memory even with its hidden states on disk, --max-memory allows {}: lower --calib-seqlen, or raise the limit",
             mib(memory.peak()),
             mib(limit)
         )));

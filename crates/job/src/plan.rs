@@ -16,8 +16,8 @@ use crate::limits::{
     check_solver, device, fit_disk, fit_memory,
 };
 use crate::rows::{
-    architecture, check_towers, choose_layout, described_architecture, exact_folds, ignored_linears, output_dtype,
-    plain_dtype, plan_tensors, rescaled_tensors, site_facts,
+    architecture, check_described, check_towers, choose_layout, described_architecture, exact_folds, ignored_linears,
+    output_dtype, plain_dtype, plan_tensors, rescaled_tensors, site_facts,
 };
 use crate::schemes::{common, layout_scale_dtype, needs_windows};
 use crate::source::{holds_float_codes, stored_embedding};
@@ -126,7 +126,8 @@ impl Plan {
 pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
     let Some(wanted) = &recipe.stats else { return plan(recipe, checkpoint) };
     let statistics = Statistics::open(&wanted.folder)?;
-    statistics.check_model(checkpoint, &described_architecture(checkpoint.config()))?;
+    let spec = known_decoder(checkpoint).ok();
+    statistics.check_model(checkpoint, &described_architecture(checkpoint.config(), spec.as_ref()))?;
     statistics.check_wanted(wanted)?;
     let same = |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
     if same(&wanted.folder, &recipe.work_dir) {
@@ -134,6 +135,12 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
             "the work directory `{}` is the folder of the statistics; choose another --work-dir",
             recipe.work_dir.display()
         )));
+    }
+    if spec.is_some_and(|spec| spec.blocks.iter().any(|block| block.moe().is_some())) {
+        return Err(JobError::Unsupported(
+            "--stats of a model with experts: their statistics are gathered expert by expert as the method runs; leave --stats out"
+                .to_owned(),
+        ));
     }
     let (recipe, notes) = statistics.adapt(recipe);
     let mut plan = plan(&recipe, checkpoint)?;
@@ -229,6 +236,7 @@ fn plan(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
     };
     if let Some(spec) = &spec {
         check_towers(checkpoint, spec)?;
+        check_described(recipe, spec)?;
     }
     let arch = architecture(config);
     let plain = plain_dtype(checkpoint);

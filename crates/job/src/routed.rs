@@ -103,6 +103,12 @@ impl Runner<'_> {
         let mut errors = Vec::new();
         for (expert, tokens) in (0..experts).zip(counts) {
             self.go_on()?;
+            let quantized = [Stream::ExpertIn(expert), Stream::ExpertMid(expert)]
+                .iter()
+                .any(|stream| groups.contains_key(&InputId { block: index, stream: *stream }));
+            if !quantized && self.own_folds(index, expert).next().is_none() {
+                continue;
+            }
             let stats = self.expert_statistics(block, routed, expert, Wanted::Both)?;
             self.fold_expert(pass, block, routed, expert, &stats, &mut folded)?;
             let poor = routed.poor.of(Some(expert));
@@ -141,9 +147,10 @@ impl Runner<'_> {
         mut folded: Folded,
         sink: &mut Sink<'_>,
     ) -> Result<(), JobError> {
+        let index = block.spec().index;
         let experts = block.spec().moe().map_or(0, |moe| moe.experts) as u32;
         let written = folded.edits.len();
-        for expert in 0..experts {
+        for expert in (0..experts).filter(|expert| self.own_folds(index, *expert).next().is_some()) {
             self.go_on()?;
             let stats = self.expert_statistics(block, routed, expert, Wanted::Mid)?;
             self.fold_expert(pass, block, routed, expert, &stats, &mut folded)?;
@@ -151,6 +158,12 @@ impl Runner<'_> {
         self.write_edits(&folded.edits[written..], sink)?;
         sink.record_folded(&folded);
         Ok(())
+    }
+
+    /// The folds between an expert's own linears.
+    fn own_folds(&self, index: usize, expert: u32) -> impl Iterator<Item = &Fold> {
+        let own = move |fold: &&Fold| fold.input.stream == Stream::ExpertMid(expert);
+        self.plan.folds[index].iter().filter(own)
     }
 
     /// The rows of some tokens as gate and up of the folded block read them.
@@ -215,8 +228,7 @@ impl Runner<'_> {
         folded: &mut Folded,
     ) -> Result<(), JobError> {
         let index = block.spec().index;
-        let own = |fold: &&Fold| fold.input.stream == Stream::ExpertMid(expert);
-        let mut folds = self.plan.folds[index].iter().filter(own).peekable();
+        let mut folds = self.own_folds(index, expert).peekable();
         if folds.peek().is_none() {
             return Ok(());
         }

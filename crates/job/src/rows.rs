@@ -18,12 +18,26 @@ pub(crate) fn architecture(config: &serde_json::Map<String, serde_json::Value>) 
 }
 
 /// The same with the digest of the file that describes the architecture, where one does.
-pub(crate) fn described_architecture(config: &serde_json::Map<String, serde_json::Value>) -> String {
+pub(crate) fn described_architecture(
+    config: &serde_json::Map<String, serde_json::Value>,
+    spec: Option<&DecoderSpec>,
+) -> String {
     let name = architecture(config);
-    match lite_decoder::definition(&name) {
+    match spec.and_then(|spec| spec.definition.as_deref()) {
         Some(digest) => format!("{name} as described by the file of SHA-256 {digest}"),
         None => name,
     }
+}
+
+/// Refuses a decoder that only another job of this process describes.
+pub(crate) fn check_described(recipe: &Recipe, spec: &DecoderSpec) -> Result<(), JobError> {
+    if spec.definition.is_none() || recipe.arch.is_some() {
+        return Ok(());
+    }
+    Err(JobError::Usage(format!(
+        "{} is described by a file that another job names, and this one does not: give it `arch:` too",
+        printable(&spec.arch)
+    )))
 }
 
 /// The float type that most of the checkpoint's bytes have, without codes and what serves them.

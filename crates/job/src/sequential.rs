@@ -14,6 +14,7 @@ use lite_tune::{Side, TuneData, TuneError, TuneLinear, TuneSettings, tune_block}
 
 use crate::batches::{Batch, in_order};
 use crate::calibrate::{Pass, Sink, by_input, role};
+use crate::experts::is_experts;
 use crate::hidden::HiddenStates;
 use crate::lanes::{Lane, Lanes, Walk};
 use crate::layer::{Drift, Solved, solve_input};
@@ -103,7 +104,7 @@ impl Runner<'_> {
         }
         clock.step(index, "propagate");
         let mut coded = original.clone();
-        for (site, weights) in &replayed.linears {
+        for (site, weights) in replayed.linears.iter().filter(|(site, _)| !is_experts(site)) {
             self.place(&mut coded, site, &weights.dequantize())?;
         }
         let walk = self.walk(pass, index);
@@ -119,7 +120,7 @@ impl Runner<'_> {
             lanes.float.keep(first, &float)?;
             lanes.quantized.keep(first, &quantized)
         })?;
-        self.pass_experts(pass, original, &coded, lanes)?;
+        self.pass_experts(pass, original, coded, &replayed.linears, lanes)?;
         clock.done(index, &replayed.errors);
         Ok(true)
     }

@@ -7,10 +7,12 @@
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use lite_decoder::WeightSource;
 use lite_model::{Checkpoint, CheckpointWriter, Dtype};
 use lite_pack::PackedTensor;
 use lite_quant::floats::{FloatLinear, FloatRange, FloatScheme, ScaleKind, nvfp4_global, quantize_float};
 use lite_quant::{QuantError, QuantizedLinear, Range, RangeContext, WeightScheme, Weights, quantize_nearest};
+use lite_runtime::FloatSource;
 use rayon::prelude::*;
 
 use crate::check::{Expected, Outcome, SiteReport};
@@ -175,8 +177,9 @@ fn is_plain(checkpoint: &Checkpoint, name: &str) -> bool {
 fn read_ahead(checkpoint: &Checkpoint, sites: &[QuantSite], passed: &SyncSender<()>) {
     for site in sites {
         let name = format!("{}.weight", site.module);
+        // Of codes of less than a byte too.
+        let size = checkpoint.info(&name).map_or(0, |info| info.bytes as usize / site.out_features.max(1));
         for (first, rows) in panels(site) {
-            let size = checkpoint.info(&name).map_or(0, |info| info.dtype.bitsize() / 8 * site.in_features);
             checkpoint.read_ahead(&name, first * size..(first + rows) * size);
             // The other side is gone once the run failed.
             if passed.send(()).is_err() {
@@ -267,7 +270,7 @@ impl Runner<'_> {
             };
             append(&mut whole, round(site, panel, self.plan, shared).map_err(|error| further_down(error, first))?);
         }
-        self.checkpoint.release([name.as_str()]);
+        FloatSource::new(self.checkpoint).release(&[name]);
         Ok(whole)
     }
 

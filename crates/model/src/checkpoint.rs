@@ -79,6 +79,7 @@ impl Checkpoint {
                     bytes,
                     shard,
                     place: Place::whole(start, length),
+                    fused: false,
                 });
             }
             if matches!(weights, Weights::Single(_)) {
@@ -135,7 +136,7 @@ impl Checkpoint {
         self.fused_tensors
     }
 
-    /// Names of the stored tensors, by shard and then by offset. Aliases are not among them.
+    /// Names of the stored tensors, by shard and then by offset, experts of one tensor one after the other. Aliases are not among them.
     pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
         self.tensors.iter().map(|t| t.name.as_str())
     }
@@ -176,6 +177,17 @@ impl Checkpoint {
         let changed = || self.changed(info);
         let data = info.place.read(map.bytes()).map_err(|_| out_of_memory(name, info.bytes))?.ok_or_else(changed)?;
         Ok(TensorView { dtype: info.dtype, shape: &info.shape, data })
+    }
+
+    /// The bytes of the file from the first element of tensor `name` (aliases are followed) to its last one: the tensor's
+    /// data, and of an expert that lies among others what is between as well. Nothing is copied.
+    ///
+    /// # Errors
+    ///
+    /// [`ModelError::UnknownTensor`]; [`ModelError::Changed`].
+    pub fn stretch(&self, name: &str) -> Result<&[u8], ModelError> {
+        let (info, map) = self.find(name)?;
+        map.bytes().get(info.place.span()).ok_or_else(|| self.changed(info))
     }
 
     /// Tensor `name` (aliases are followed) as f32, in C order; exact for BF16, F16 and F32.

@@ -27,6 +27,10 @@ use crate::text::printable;
 const MAX_EXPERTS: usize = 1 << 18;
 /// Weights that share a scale in MXFP4, and the bytes of their codes.
 const GROUP: (usize, usize) = (32, 16);
+/// Where wrapper models keep the config of their language model.
+const INNER_CONFIGS: [&str; 3] = ["text_config", "llm_config", "language_config"];
+/// Bytes that the names of all single tensors may take.
+const MAX_NAMES: usize = 256 << 20;
 /// Names after `X.experts.`, in the order of [`Parts::found`].
 const LEAVES: [&str; 8] = [
     "gate_up_proj",
@@ -76,18 +80,25 @@ pub(crate) fn split(
             layers.entry(module).or_default().found[leaf] = Some(position);
         }
     }
+    // Codes of another quantizer stay what they are.
+    layers.retain(|_, parts| {
+        let mut weights = parts.found[..2].iter().flatten().filter_map(|at| tensors.get(*at)).peekable();
+        weights.peek().is_none() || weights.any(|info| float_bytes(info.dtype).is_some())
+    });
     if layers.is_empty() {
         return Ok((tensors, 0));
     }
     let taken: HashSet<&str> = tensors.iter().map(|info| info.name.as_str()).collect();
     // By the first of the tensors of one layer in one shard: what stands there instead.
     let mut instead: BTreeMap<usize, Vec<Single>> = BTreeMap::new();
-    let (mut replaced, mut experts) = (HashSet::new(), 0usize);
+    let (mut replaced, mut experts, mut names) = (HashSet::new(), 0usize, 0usize);
     for (module, parts) in &layers {
-        let layer = Layer { module, parts, tensors: &tensors, left: MAX_EXPERTS - experts };
+        let (left, names_left) = (MAX_EXPERTS - experts, MAX_NAMES - names);
+        let layer = Layer { module, parts, tensors: &tensors, left, names_left };
         let singles = layer.singles(gpt_oss)?;
         // No more than were left.
         experts += singles.iter().map(|(e, _)| e + 1).max().unwrap_or(0);
+        names += singles.iter().map(|(_, info)| info.name.len()).sum::<usize>();
         replaced.extend(parts.found.iter().flatten().copied());
         for single in singles {
             if taken.contains(single.1.name.as_str()) {
@@ -111,9 +122,14 @@ pub(crate) fn split(
     Ok((out, replaced.len()))
 }
 
+/// Whether the decoder is gpt-oss, by itself or inside a wrapper.
 fn is_gpt_oss(config: &Map<String, Value>) -> bool {
-    let architecture = config.get("architectures").and_then(|names| names.get(0)?.as_str());
-    config.get("model_type").and_then(Value::as_str) == Some("gpt_oss") || architecture == Some("GptOssForCausalLM")
+    let named = |config: &Map<String, Value>| {
+        let architecture = config.get("architectures").and_then(|names| names.get(0)?.as_str());
+        config.get("model_type").and_then(Value::as_str) == Some("gpt_oss") || architecture == Some("GptOssForCausalLM")
+    };
+    let inner = INNER_CONFIGS.iter().filter_map(|key| config.get(*key)?.as_object());
+    std::iter::once(config).chain(inner).any(named)
 }
 
 /// The experts of one layer.
@@ -123,6 +139,8 @@ struct Layer<'a> {
     tensors: &'a [TensorInfo],
     /// Experts that are still believed.
     left: usize,
+    /// Bytes of names that are.
+    names_left: usize,
 }
 
 impl<'a> Layer<'a> {
@@ -134,7 +152,7 @@ impl<'a> Layer<'a> {
     fn need(&self, leaf: usize) -> Result<&'a TensorInfo, ModelError> {
         let beside = (0..LEAVES.len()).find(|leaf| self.get(*leaf).is_some()).unwrap_or_default();
         let found = || format!("`{}.{}` is missing", printable(self.module), LEAVES[leaf]);
-        let wanted = "both: the checkpoint is incomplete, download it again";
+        let wanted = "both, side by side: experts are not read in another form, or the checkpoint is incomplete";
         self.get(leaf).ok_or_else(|| self.wrong(beside, found(), wanted.to_owned()))
     }
 
@@ -150,10 +168,13 @@ impl<'a> Layer<'a> {
 
     /// Refuses more experts than any model has: each becomes three tensors or more.
     fn believe(&self, leaf: usize, experts: usize) -> Result<(), ModelError> {
-        if experts <= self.left {
+        // A module's name comes back in the names of each expert's tensors, of which there are up to six.
+        let names = experts.saturating_mul(6).saturating_mul(self.module.len() + 40);
+        if experts <= self.left && names <= self.names_left {
             return Ok(());
         }
-        Err(self.wrong_shape(leaf, &format!("at most {MAX_EXPERTS} experts in all layers")))
+        Err(self
+            .wrong_shape(leaf, &format!("at most {MAX_EXPERTS} experts in all layers, with names of a usual length")))
     }
 
     fn wrong_shape(&self, leaf: usize, wanted: &str) -> ModelError {
@@ -318,6 +339,9 @@ impl<'a> Layer<'a> {
         let outside = || self.wrong_shape(leaf, "one that its data has room for");
         let place = fused.place.part(unit, first, size, strides).ok_or_else(outside)?;
         let name = format!("{}.{expert}.{name}", self.module);
-        Ok((expert, TensorInfo { name, dtype, shape, bytes: place.bytes() as u64, shard: fused.shard, place }))
+        Ok((
+            expert,
+            TensorInfo { name, dtype, shape, bytes: place.bytes() as u64, shard: fused.shard, place, fused: true },
+        ))
     }
 }

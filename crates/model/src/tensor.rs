@@ -22,9 +22,17 @@ pub struct TensorInfo {
     pub shard: usize,
     /// Where its data lies in the shard's file.
     pub(crate) place: Place,
+    /// Whether it is part of a tensor of all experts.
+    pub(crate) fused: bool,
 }
 
 impl TensorInfo {
+    /// Whether the file holds it together with those of other experts, under another name.
+    #[must_use]
+    pub fn is_fused(&self) -> bool {
+        self.fused
+    }
+
     /// Number of elements: the product of the shape, 1 for a scalar.
     #[must_use]
     pub fn elements(&self) -> usize {

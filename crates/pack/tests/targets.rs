@@ -203,25 +203,6 @@ fn vllm_linears() {
     assert_eq!(run(CT, f32, &dense(), 1), (vec![], vec!["vllm-scale-dtype"]));
 }
 
-/// Experts one by one, which no engine is known to load.
-#[test]
-fn experts_of_gpt_oss() {
-    const ARCH: &str = "GptOssForCausalLM";
-    let run = |target, layout| rules(target, layout, &scheme(4, 128, true), &experts(), ARCH, 1);
-    assert_eq!(run(Target::Vllm, CT).0, ["vllm-gpt-oss"]);
-    assert_eq!(run(Target::Transformers, CT).0, ["transformers-gpt-oss"]);
-    assert_eq!(run(Target::TurboMind, CT).0, ["turbomind-gpt-oss"]);
-    assert_eq!(run(Target::LmdeployPytorch, "awq").0, ["lmdeploy-pytorch-experts"]);
-    assert_eq!(run(Target::LmdeployPytorch, "awq").1, ["lmdeploy-pytorch-gpt-oss"]);
-    assert_eq!(run(Target::TrtLlm, "gptq"), (vec![], vec!["trtllm-gpt-oss"]));
-    // Left plain they are one by one all the same.
-    let mut plain = experts();
-    plain.iter_mut().for_each(|site| site.quantized = false);
-    let sites = [dense(), plain].concat();
-    assert_eq!(rules(Target::Vllm, CT, &scheme(4, 128, true), &sites, ARCH, 1).0, ["vllm-gpt-oss"]);
-    assert_eq!(rules(Target::Vllm, CT, &scheme(4, 128, true), &dense(), ARCH, 1), NONE);
-}
-
 #[test]
 fn ignore_lists_by_substring() {
     // An unquantized router `mlp.gate` beside a quantized `mlp.gate_proj`.

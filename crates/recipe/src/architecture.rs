@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 
 use crate::de::read;
 use crate::error::{Fault, RecipeError, Sources, nearest};
+use crate::load::read_bounded;
 use crate::yaml;
 
 /// Longest file, bytes.
@@ -15,17 +16,11 @@ const LONGEST: u64 = 64 << 10;
 /// Makes the architecture in `path` known to this process; see [`Architecture::register`].
 ///
 /// # Errors
-/// A file that cannot be read or is longer than 64 KiB; text that is no YAML; keys and values that make no sense, with
-/// their line and column; an architecture that is known already.
+/// A file that cannot be read or is longer than 64 KiB; text that is no YAML; keys and values that make no
+/// sense, with their line and column; an architecture that is known already.
 pub fn register_architecture(path: &Path) -> Result<(), RecipeError> {
-    let io = |source| RecipeError::Io { path: path.to_owned(), source };
-    let name = lite_model::printable_path(path);
-    let length = std::fs::metadata(path).map_err(io)?.len();
-    if length > LONGEST {
-        return Err(RecipeError::Budget { source_name: name, what: format!("{length} bytes, {LONGEST} at most") });
-    }
-    let text = std::fs::read_to_string(path).map_err(io)?;
-    let sources = Sources { file: name, sets: Vec::new() };
+    let text = read_bounded(path, LONGEST)?;
+    let sources = Sources { file: lite_model::printable_path(path), sets: Vec::new() };
     register(&text).map_err(|fault| sources.error(fault))
 }
 
@@ -96,6 +91,28 @@ mod tests {
                 ":1:15: `architecture` is `LlamaForCausalLM`, which is known",
             ),
             (&HEAD.replace("ToldForCausalLM", "LlavaForConditionalGeneration"), "known without a file"),
+            (&HEAD.replace("ToldForCausalLM", "Qwen3VLMoeTextModel"), ":1:15: `architecture` is `Qwen3VLMoeTextModel`"),
+            (&HEAD.replace("ToldForCausalLM", "Qwen2VLTextModel"), "known without a file"),
+            (
+                &format!("{HEAD}names: {{attn_norm: ln_1, mlp_norm: ln_1}}\n"),
+                ":4:36: `names.mlp_norm` gives the norm `ln_1`, which is that of `names.attn_norm` too",
+            ),
+            (
+                &format!("{HEAD}names:\n  attn_norm: post_attention_layernorm\n"),
+                ":5:14: `names.attn_norm` gives the norm `post_attention_layernorm`, which is that of `names.mlp_norm`",
+            ),
+            (&format!("{HEAD}names: {{q_norm: n, k_norm: n}}\n"), "gives the norm `self_attn.n`"),
+            (
+                &format!("{}names: {{o: out}}\n", HEAD.replace("Qwen2ForCausalLM", "DeepseekV3ForCausalLM")),
+                ":4:12: `names.o` is here, and DeepseekV3ForCausalLM has latent attention",
+            ),
+            (
+                &format!(
+                    "{}names: {{qkv: {{stacked: qkv}}}}\n",
+                    HEAD.replace("Qwen2ForCausalLM", "DeepseekV2ForCausalLM")
+                ),
+                "`names.qkv` is here, and DeepseekV2ForCausalLM has latent attention",
+            ),
             (&HEAD.replace("ToldForCausalLM", "'a b'"), "wanted letters, digits"),
             (&format!("{HEAD}# {}\n", "x".repeat(64 << 10)), "65536 at most"),
             (
@@ -106,6 +123,23 @@ mod tests {
             let message = told(text);
             assert!(message.contains(wanted), "no `{wanted}` in `{message}`");
         }
+    }
+
+    #[test]
+    fn only_so_much_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let long = dir.path().join("long.yaml");
+        std::fs::write(&long, "x".repeat(LONGEST as usize + 1)).unwrap();
+        assert!(matches!(register_architecture(&long), Err(RecipeError::Budget { .. })));
+        std::fs::write(&long, "x".repeat(LONGEST as usize)).unwrap();
+        assert!(!matches!(register_architecture(&long), Err(RecipeError::Budget { .. } | RecipeError::Io { .. })));
+        std::fs::write(&long, [0xff, 0xfe]).unwrap();
+        assert!(matches!(register_architecture(&long), Err(RecipeError::Io { .. })));
+        // Says that it is empty, and never ends.
+        let endless = Path::new("/dev/zero");
+        assert!(matches!(register_architecture(endless), Err(RecipeError::Budget { .. })));
+        assert!(matches!(crate::load(&[endless.to_owned()], &[], None), Err(RecipeError::Budget { .. })));
+        assert!(matches!(register_architecture(dir.path()), Err(RecipeError::Io { .. })));
     }
 
     #[test]

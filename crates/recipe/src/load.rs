@@ -1,6 +1,7 @@
 //! From files to jobs.
 
 use std::collections::BTreeMap;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use lite_job::Recipe;
@@ -117,13 +118,20 @@ fn jobs(texts: &[(&PathBuf, String)], sets: &[String], only: Option<usize>) -> R
 }
 
 fn file(path: &Path) -> Result<String, RecipeError> {
+    read_bounded(path, yaml::LONGEST as u64)
+}
+
+/// The text of a file, or of a pipe, of at most `longest` bytes; no more than one byte beyond is read.
+pub(crate) fn read_bounded(path: &Path, longest: u64) -> Result<String, RecipeError> {
     let io = |source| RecipeError::Io { path: path.to_owned(), source };
-    let length = std::fs::metadata(path).map_err(io)?.len();
-    if length > yaml::LONGEST as u64 {
-        let what = format!("{length} bytes, {} at most", yaml::LONGEST);
+    let mut text = Vec::new();
+    let file = std::fs::File::open(path).map_err(io)?;
+    file.take(longest + 1).read_to_end(&mut text).map_err(io)?;
+    if text.len() as u64 > longest {
+        let what = format!("more than {longest} bytes, {longest} at most");
         return Err(RecipeError::Budget { source_name: lite_model::printable_path(path), what });
     }
-    std::fs::read_to_string(path).map_err(io)
+    String::from_utf8(text).map_err(|error| io(std::io::Error::new(ErrorKind::InvalidData, error.utf8_error())))
 }
 
 /// The jobs of one text as trees in lite's own keys, `sets` applied.

@@ -6,6 +6,64 @@ use super::families::{
 use super::must::Must;
 use super::{Activation, GateUpLayout, NormKind, QkvLayout, RopePairing};
 
+pub(super) const QWEN2: FamilyInfo = FamilyInfo {
+    architecture: "Qwen2ForCausalLM",
+    model_type: "qwen2",
+    title: "Qwen 1.5, 2, 2.5, QwQ",
+    // With text alone all three positions of a vision model's rotary embedding are one.
+    rope: RopeRules { aliases: &[("mrope", "default")], ..ROPE },
+    qkv_bias: Bias::Always,
+    o_bias: Bias::Never,
+    mlp_bias: Bias::Never,
+    kv_heads: Some(32),
+    max_positions: Positions::Default(32_768),
+    window: Window::SomeLayers { first: 28 },
+    ..LLAMA
+};
+
+pub(super) const QWEN3: FamilyInfo = FamilyInfo {
+    architecture: "Qwen3ForCausalLM",
+    model_type: "qwen3",
+    title: "Qwen3 (dense)",
+    mlp_bias: Bias::Never,
+    qk_norm: QkNorm::EachHead,
+    head_dim: Some(128),
+    kv_heads: Some(32),
+    max_positions: Positions::Default(32_768),
+    window: Window::SomeLayers { first: 28 },
+    ..LLAMA
+};
+
+/// Qwen2-VL's decoder: Qwen2 with other defaults.
+pub(super) const QWEN2_VL: FamilyInfo = FamilyInfo {
+    architecture: "Qwen2VLTextModel",
+    model_type: "qwen2_vl_text",
+    title: "Qwen2-VL (its decoder)",
+    kv_heads: Some(8),
+    norm: NormRules { eps: 1e-5, ..RMS },
+    window: Window::SomeLayers { first: 80 },
+    rope: RopeRules { theta: 1_000_000.0, ..QWEN2.rope },
+    ..QWEN2
+};
+
+pub(super) const QWEN2_5_VL: FamilyInfo = FamilyInfo {
+    architecture: "Qwen2_5_VLTextModel",
+    model_type: "qwen2_5_vl_text",
+    title: "Qwen2.5-VL (its decoder)",
+    ..QWEN2_VL
+};
+
+/// Dense Qwen3-VL's decoder: Qwen3 with other defaults.
+pub(super) const QWEN3_VL: FamilyInfo = FamilyInfo {
+    architecture: "Qwen3VLTextModel",
+    model_type: "qwen3_vl_text",
+    title: "Qwen3-VL (its decoder)",
+    max_positions: Positions::Default(128_000),
+    window: Window::Refused,
+    rope: RopeRules { theta: 500_000.0, ..ROPE },
+    ..QWEN3
+};
+
 pub(super) const GRANITE: FamilyInfo = FamilyInfo {
     architecture: "GraniteForCausalLM",
     model_type: "granite",
@@ -60,8 +118,8 @@ pub(super) const GLM4: FamilyInfo = FamilyInfo {
 };
 
 /// Not in transformers; from the code published with the models. ChatGLM2 has the same names, and with `rope_ratio` (its 32k
-/// variant) another rotary embedding under the same keys. The first ChatGLM calls itself by the same name too, and is refused by
-/// its key `position_encoding_2d`.
+/// variant) another rotary embedding under the same keys, which is refused. The first ChatGLM calls itself by the same name
+/// too, and is refused by its key `position_encoding_2d`.
 pub(super) const CHATGLM: FamilyInfo = FamilyInfo {
     architecture: "ChatGLMModel",
     model_type: "chatglm",
@@ -112,6 +170,7 @@ pub(super) const CHATGLM: FamilyInfo = FamilyInfo {
         partial: Some(0.5),
         pairing: RopePairing::Neighbours,
         ratio: Some("rope_ratio"),
+        ratio_of_positions: Some("chatglm2"),
         ..ROPE
     },
     ..LLAMA

@@ -11,10 +11,10 @@ pub use words::Architecture;
 use words::{HeadDimRule, KvHeadsRule, MtpRule, QkNormRule, ScalesRule, Wanted};
 
 use self::set::{
-    FACTORS, LONGEST, POSITIONS, WIDTHS, bias, bounded, config_key, leak, leak_list, optional_key, set_mla, set_moe,
-    set_names, set_rope, window, wrong,
+    FACTORS, LONGEST, POSITIONS, WIDTHS, bias, bounded, config_key, leak, leak_list, optional_key, refuse_unread,
+    set_mla, set_moe, set_names, set_rope, window, wrong,
 };
-use super::families::{FAMILIES, FamilyInfo, Positions, QkNorm, Scales, by_architecture};
+use super::families::{FAMILIES, FamilyInfo, INNER_FAMILIES, Positions, QkNorm, Scales, by_architecture};
 use super::must::Must;
 use super::wrapper::WRAPPERS;
 use crate::error::clean;
@@ -83,7 +83,8 @@ impl Architecture {
                 return Err(wrong(key, format!("is `{}`, wanted letters, digits, `_`, `-`, `.`", clean(name))));
             }
         }
-        let mut built_in = FAMILIES.iter().map(|f| f.architecture).chain(WRAPPERS.iter().map(|w| w.architecture));
+        let rows = FAMILIES.iter().chain(INNER_FAMILIES).map(|f| f.architecture);
+        let mut built_in = rows.chain(WRAPPERS.iter().map(|w| w.architecture));
         if let Some(known) = built_in.find(|known| *known == self.architecture) {
             let reason = format!("is `{known}`, which is known without a file; give the new family a name of its own");
             return Err(wrong("architecture", reason));
@@ -99,6 +100,9 @@ impl Architecture {
         family.model_type = leak(self.model_type);
         family.definition = Some(leak(digest.to_owned()));
         if let Some(names) = self.names {
+            if family.mla.is_some() {
+                refuse_unread(&names, base.architecture)?;
+            }
             set_names(&mut family.names, names)?;
         }
         if let Some(rules) = self.bias {

@@ -1,10 +1,10 @@
 //! Sizes and attention windows from config.json.
 
-use super::Activation;
 use super::config::Section;
 use super::families::{FamilyInfo, Positions, Window};
 use super::mla::MlaDims;
 use super::wrapper::Sizes;
+use super::{Activation, QkvLayout};
 use crate::DecoderError;
 
 /// Largest width (hidden, intermediate, heads times head width) believed.
@@ -26,6 +26,8 @@ pub(super) struct Dims {
     pub(super) layers: usize,
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
+    /// The family's, but for models of its that do not group their heads.
+    pub(super) qkv: QkvLayout,
     pub(super) head_dim: usize,
     pub(super) max_positions: usize,
     pub(super) eps: f32,
@@ -54,6 +56,11 @@ impl Dims {
         };
         let kv_heads = config.size("num_key_value_heads", 1..=MAX_WIDTH)?.or(kv_default).filter(|_| grouped);
         let kv_heads = kv_heads.unwrap_or(heads);
+        // ChatGLM's code without `multi_query_attention`: the rows of one matrix are seen as (heads, 3 · head_dim).
+        let qkv = match family.names.qkv {
+            QkvLayout::Stacked if !grouped => QkvLayout::Grouped,
+            known => known,
+        };
         if !heads.is_multiple_of(kv_heads) {
             return contradiction(format!(
                 "`num_attention_heads` is {heads}, which is not a multiple of `num_key_value_heads`, {kv_heads}"
@@ -91,7 +98,20 @@ impl Dims {
         };
         let eps = config.number(family.norm.eps_key, 0.0..=1.0)?.unwrap_or(family.norm.eps) as f32;
         let activation = activation(config, family)?;
-        Ok(Self { hidden, vocab, intermediate, layers, heads, kv_heads, head_dim, max_positions, eps, activation, mla })
+        Ok(Self {
+            hidden,
+            vocab,
+            intermediate,
+            layers,
+            heads,
+            kv_heads,
+            qkv,
+            head_dim,
+            max_positions,
+            eps,
+            activation,
+            mla,
+        })
     }
 }
 
@@ -134,9 +154,9 @@ pub(super) fn windows(
         }
         Window::Refused => vec![None; layers],
         Window::AllLayers(default) => vec![size(default)?; layers],
-        Window::SomeLayers => {
+        Window::SomeLayers { first } => {
             let window = if config.flag("use_sliding_window")?.unwrap_or(false) { size(Some(4096))? } else { None };
-            let first = config.size("max_window_layers", 0..=MAX_POSITIONS)?.unwrap_or(28);
+            let first = config.size("max_window_layers", 0..=MAX_POSITIONS)?.unwrap_or(first);
             (0..layers).map(|i| window.filter(|_| sliding(i).unwrap_or(i >= first))).collect()
         }
         Window::Alternating { period, period_key, default } => {

@@ -2,7 +2,8 @@
 
 use super::config::Section;
 use super::dense_families::{
-    BAICHUAN2, CHATGLM, CHATGLM_CONDITIONAL, GEMMA2, GEMMA3, GLM, GLM4, GRANITE, OLMO2, STARCODER2,
+    BAICHUAN2, CHATGLM, CHATGLM_CONDITIONAL, GEMMA2, GEMMA3, GLM, GLM4, GRANITE, OLMO2, QWEN2, QWEN2_5_VL, QWEN2_VL,
+    QWEN3, QWEN3_VL, STARCODER2,
 };
 use super::described::described;
 use super::mla::MlaRules;
@@ -151,8 +152,8 @@ pub(super) enum Window {
     Never,
     /// All, if `sliding_window` is a number; the number stands for an absent key.
     AllLayers(Option<usize>),
-    /// If `use_sliding_window`, those that `layer_types` names, or else from `max_window_layers` on.
-    SomeLayers,
+    /// If `use_sliding_window`, those that `layer_types` names, or else from `max_window_layers` (`first` if absent) on.
+    SomeLayers { first: usize },
     /// Those that `layer_types` names, or else all but every `period`th.
     Alternating { period: usize, period_key: Option<&'static str>, default: usize },
     /// None; a config that asks for one is refused.
@@ -179,6 +180,8 @@ pub(super) struct RopeRules {
     pub(super) if_absent: Option<&'static RopeScaling>,
     /// θ is multiplied by this key, if it is there.
     pub(super) ratio: Option<&'static str>,
+    /// Models whose `_name_or_path` has this in it (lower case) divide positions by that key, and are refused with it.
+    pub(super) ratio_of_positions: Option<&'static str>,
 }
 
 pub(super) const ROPE: RopeRules = RopeRules {
@@ -191,6 +194,7 @@ pub(super) const ROPE: RopeRules = RopeRules {
     original_positions: None,
     if_absent: None,
     ratio: None,
+    ratio_of_positions: None,
 };
 
 pub(super) const RMS: NormRules = NormRules { kind: NormKind::Rms, eps_key: "rms_norm_eps", eps: 1e-6 };
@@ -259,32 +263,8 @@ pub static FAMILIES: &[FamilyInfo] = &[
         window: Window::AllLayers(Some(4096)),
         ..LLAMA
     },
-    FamilyInfo {
-        architecture: "Qwen2ForCausalLM",
-        model_type: "qwen2",
-        title: "Qwen 1.5, 2, 2.5, QwQ",
-        // With text alone all three positions of a vision model's rotary embedding are one.
-        rope: RopeRules { aliases: &[("mrope", "default")], ..ROPE },
-        qkv_bias: Bias::Always,
-        o_bias: Bias::Never,
-        mlp_bias: Bias::Never,
-        kv_heads: Some(32),
-        max_positions: Positions::Default(32_768),
-        window: Window::SomeLayers,
-        ..LLAMA
-    },
-    FamilyInfo {
-        architecture: "Qwen3ForCausalLM",
-        model_type: "qwen3",
-        title: "Qwen3 (dense)",
-        mlp_bias: Bias::Never,
-        qk_norm: QkNorm::EachHead,
-        head_dim: Some(128),
-        kv_heads: Some(32),
-        max_positions: Positions::Default(32_768),
-        window: Window::SomeLayers,
-        ..LLAMA
-    },
+    QWEN2,
+    QWEN3,
     FamilyInfo {
         architecture: "InternLM2ForCausalLM",
         model_type: "internlm2",
@@ -366,10 +346,10 @@ pub static FAMILIES: &[FamilyInfo] = &[
     DEEPSEEK_V3,
 ];
 
-/// The family that `architectures` names, or if that is absent `model_type`; those that files describe are known too.
+/// The family that `architectures` names, or if that is absent `model_type`; built-in ones before those of files.
 pub(super) fn family(config: &Section) -> Result<&'static FamilyInfo, DecoderError> {
     let unclear = |reason: String| DecoderError::UnclearArchitecture { reason, known: known() };
-    let by_type = |name: &str| all().find(|f| f.model_type == name);
+    let by_type = |name: &str| FAMILIES.iter().chain(described()).find(|f| f.model_type == name);
     let model_type = config.text("model_type")?;
     let found = match config.texts("architectures")?.as_deref() {
         None | Some([]) => {
@@ -400,7 +380,7 @@ pub(super) fn family(config: &Section) -> Result<&'static FamilyInfo, DecoderErr
 }
 
 /// Decoders that are only published inside other models.
-static INNER_FAMILIES: &[FamilyInfo] = &[QWEN3_VL_MOE];
+pub(super) static INNER_FAMILIES: &[FamilyInfo] = &[QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE];
 
 /// The families that files describe, then those of [`FAMILIES`].
 fn all() -> impl Iterator<Item = &'static FamilyInfo> {

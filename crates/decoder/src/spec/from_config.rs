@@ -42,7 +42,7 @@ impl DecoderSpec {
         let place = Place::find(Section::root(config))?;
         let embed = format!("{}.weight", place.family.names.embed);
         let style = place.styles.iter().find(|style| contains(&style.name(&embed))).or(place.styles.first());
-        Self::read(&place, style.copied().unwrap_or(Style::Alone))
+        Self::read(&place, style.copied().unwrap_or(Style::Alone), contains)
     }
 
     /// The decoder of an open checkpoint.
@@ -53,7 +53,7 @@ impl DecoderSpec {
         Self::from_config_for(checkpoint.config(), &|name| checkpoint.info(name).is_some())
     }
 
-    fn read(place: &Place, style: Style) -> Result<Self, DecoderError> {
+    fn read(place: &Place, style: Style, contains: &dyn Fn(&str) -> bool) -> Result<Self, DecoderError> {
         let (family, config) = (place.family, place.config);
         check_musts(&config, family)?;
         let dims = Dims::read(&config, family, place.sizes)?;
@@ -71,12 +71,9 @@ impl DecoderSpec {
         let builder = Builder::new(&config, family, style, &dims, &factors, &rope)?;
         let blocks = windows.into_iter().enumerate().map(|(index, window)| builder.block(index, window)).collect();
         let names = &family.names;
-        let tie = "tie_word_embeddings";
-        // Of a model around a decoder transformers asks the whole, where a section may hold its class's default.
-        let whole = place.outer.filter(|outer| outer.get(tie).is_some());
-        let tied = whole.unwrap_or_else(|| place.holder(tie)).flag(tie)?.unwrap_or(family.tied);
         let embed = format!("{}.weight", style.name(names.embed));
         let own = format!("{}.weight", style.name(names.head));
+        let tied = place.tied(contains(&own))?;
         Ok(Self {
             arch: family.architecture.to_owned(),
             definition: family.definition.map(str::to_owned),
@@ -217,7 +214,7 @@ impl<'a> Builder<'a> {
             heads: dims.heads,
             kv_heads: dims.kv_heads,
             head_dim: dims.head_dim,
-            qkv: names.qkv,
+            qkv: dims.qkv,
             q_norm: head_norm(names.qk_norms[0]),
             k_norm: head_norm(names.qk_norms[1]),
             norm_all_heads: self.qk_norm == QkNorm::AllHeads,
@@ -252,7 +249,7 @@ impl<'a> Builder<'a> {
             fused_group: group.map_or_else(|| module.clone(), str::to_owned),
             module,
         };
-        let qkv: Vec<(Role, usize)> = match names.qkv {
+        let qkv: Vec<(Role, usize)> = match dims.qkv {
             QkvLayout::Separate => vec![(Role::Q, q_width), (Role::K, kv_width), (Role::V, kv_width)],
             QkvLayout::Stacked | QkvLayout::Grouped => vec![(Role::Qkv, q_width + 2 * kv_width)],
         };

@@ -2,6 +2,8 @@
 
 use std::f64::consts::PI;
 
+use serde_json::Value;
+
 use super::config::Section;
 use super::dims::MAX_POSITIONS;
 use super::families::RopeRules;
@@ -108,6 +110,18 @@ impl Place<'_> {
         // θ = 1 would rotate nothing, and YaRN divides by its logarithm.
         let theta = read("rope_theta", beside, 1.0 + 1e-6..=1e15)?.unwrap_or(theta);
         let ratio = rules.ratio.map(|key| config.number(key, 1.0..=1e6)).transpose()?.flatten();
+        if let (Some(key), Some(other)) = (rules.ratio, rules.ratio_of_positions)
+            && ratio.is_some_and(|ratio| ratio != 1.0)
+            && config
+                .get("_name_or_path")
+                .and_then(Value::as_str)
+                .is_some_and(|name| name.to_lowercase().contains(other))
+        {
+            return Err(config.unsupported(
+                key,
+                &format!("1 where `_name_or_path` contains `{other}`, whose code divides positions by it (here θ is multiplied)"),
+            ));
+        }
         let theta = theta * ratio.unwrap_or(1.0);
         let key = "partial_rotary_factor";
         let partial = read(key, Some(key), 0.0..=1.0)?.or(rules.partial).unwrap_or(1.0);

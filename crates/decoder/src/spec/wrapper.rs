@@ -22,6 +22,7 @@ pub struct WrapperInfo {
     flat: bool,
     /// The decoder's family; `None`: as the section says.
     family: Option<&'static str>,
+    tie: Tie,
     /// How the decoder's tensors may be called, the way they are published first.
     styles: &'static [Style],
 }
@@ -47,6 +48,17 @@ impl WrapperInfo {
             },
         }
     }
+}
+
+/// Which `tie_word_embeddings` counts, and what it is if absent: as the model's own configuration class has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tie {
+    /// That of the whole file; this where it is absent. The section's says nothing.
+    Whole(bool),
+    /// That of the whole file, or else the section's (its class's default where it is absent) where that is true.
+    Either,
+    /// The section's, whatever the whole file says.
+    Section,
 }
 
 /// How the names of a decoder differ from those it has alone.
@@ -79,7 +91,8 @@ pub static WRAPPERS: &[WrapperInfo] = &[
         title: "Qwen2-VL",
         section: "text_config",
         flat: true,
-        family: Some("Qwen2ForCausalLM"),
+        family: Some("Qwen2VLTextModel"),
+        tie: Tie::Either,
         styles: &[Style::Alone, Style::Inside],
     },
     WrapperInfo {
@@ -88,7 +101,8 @@ pub static WRAPPERS: &[WrapperInfo] = &[
         title: "Qwen2.5-VL",
         section: "text_config",
         flat: true,
-        family: Some("Qwen2ForCausalLM"),
+        family: Some("Qwen2_5_VLTextModel"),
+        tie: Tie::Either,
         styles: &[Style::Alone, Style::Inside],
     },
     WrapperInfo {
@@ -97,7 +111,8 @@ pub static WRAPPERS: &[WrapperInfo] = &[
         title: "Qwen3-VL (dense)",
         section: "text_config",
         flat: false,
-        family: Some("Qwen3ForCausalLM"),
+        family: Some("Qwen3VLTextModel"),
+        tie: Tie::Whole(false),
         styles: &[Style::Inside],
     },
     WrapperInfo {
@@ -107,6 +122,7 @@ pub static WRAPPERS: &[WrapperInfo] = &[
         section: "text_config",
         flat: false,
         family: Some("Qwen3VLMoeTextModel"),
+        tie: Tie::Whole(false),
         styles: &[Style::Inside],
     },
     WrapperInfo {
@@ -116,6 +132,7 @@ pub static WRAPPERS: &[WrapperInfo] = &[
         section: "text_config",
         flat: false,
         family: Some("Gemma3ForCausalLM"),
+        tie: Tie::Whole(true),
         styles: &[Style::Outside, Style::Inside],
     },
     WrapperInfo {
@@ -125,6 +142,7 @@ pub static WRAPPERS: &[WrapperInfo] = &[
         section: "llm_config",
         flat: false,
         family: None,
+        tie: Tie::Section,
         styles: &[Style::Outside],
     },
     WrapperInfo {
@@ -134,6 +152,7 @@ pub static WRAPPERS: &[WrapperInfo] = &[
         section: "text_config",
         flat: false,
         family: None,
+        tie: Tie::Whole(true),
         styles: &[Style::Outside, Style::Inside],
     },
     WrapperInfo {
@@ -143,6 +162,7 @@ pub static WRAPPERS: &[WrapperInfo] = &[
         section: "text_config",
         flat: false,
         family: None,
+        tie: Tie::Either,
         styles: &[Style::Outside, Style::Inside],
     },
 ];
@@ -162,7 +182,8 @@ fn default_sizes(architecture: &str) -> Option<Sizes> {
     let [hidden, intermediate, layers, heads, vocab] = match architecture {
         "LlamaForCausalLM" => [4096, 11_008, 32, 32, 32_000],
         "MistralForCausalLM" => [4096, 14_336, 32, 32, 32_000],
-        "Qwen2ForCausalLM" | "Qwen3ForCausalLM" => [4096, 22_016, 32, 32, 151_936],
+        "Qwen2VLTextModel" | "Qwen2_5_VLTextModel" => [8192, 29_568, 80, 64, 152_064],
+        "Qwen2ForCausalLM" | "Qwen3ForCausalLM" | "Qwen3VLTextModel" => [4096, 22_016, 32, 32, 151_936],
         "Qwen3VLMoeTextModel" => [2048, 5632, 24, 16, 151_936],
         "Gemma3ForCausalLM" => [2304, 9216, 26, 8, 262_208],
         _ => return None,
@@ -178,6 +199,7 @@ pub(super) struct Place<'a> {
     /// The whole file, if that is more.
     pub(super) outer: Option<Section<'a>>,
     pub(super) sizes: Option<Sizes>,
+    tie: Tie,
     /// How its tensors may be called; never empty.
     pub(super) styles: &'static [Style],
 }
@@ -193,7 +215,8 @@ impl<'a> Place<'a> {
         };
         let Some(wrapper) = named else {
             let (styles, family) = (&[Style::Alone], family(&config)?);
-            return Ok(Self { family, config: config.renamed(family.keys)?, outer: None, sizes: None, styles });
+            let config = config.renamed(family.keys)?;
+            return Ok(Self { family, config, outer: None, sizes: None, tie: Tie::Section, styles });
         };
         let section = config.section(wrapper.section)?;
         if section.is_none() && !wrapper.flat {
@@ -216,7 +239,21 @@ impl<'a> Place<'a> {
             );
         }
         let sizes = outer.and_then(|_| default_sizes(family.architecture));
-        Ok(Self { family, config: inner.renamed(family.keys)?, outer, sizes, styles: wrapper.styles })
+        let (tie, styles) = (wrapper.tie, wrapper.styles);
+        Ok(Self { family, config: inner.renamed(family.keys)?, outer, sizes, tie, styles })
+    }
+
+    /// Whether head and embedding are one matrix. `has_head` is whether the checkpoint holds a head: transformers then does
+    /// not tie by a class's default (older files leave the key of the whole out, and say in the section that it is false).
+    pub(super) fn tied(&self, has_head: bool) -> Result<bool, DecoderError> {
+        let key = "tie_word_embeddings";
+        let whole = self.outer.unwrap_or(self.config).flag(key)?;
+        let own = self.config.flag(key)?.unwrap_or(self.family.tied);
+        Ok(match self.tie {
+            Tie::Whole(default) => whole.unwrap_or(default && !has_head),
+            Tie::Either => whole.unwrap_or(false) || own,
+            Tie::Section => own,
+        })
     }
 
     /// `key` of the decoder, or else of the whole file: what concerns both ends of the model.

@@ -1,6 +1,6 @@
 //! ChatGLM3 and GLM-4 9B as first published, whose code is not in transformers.
 
-use lite_decoder::{AttnSpec, DecoderSpec, ErrorKind, QkvLayout, RopePairing, RopeScaling};
+use lite_decoder::{AttnSpec, DecoderSpec, ErrorKind, Producer, QkvLayout, Role, RopePairing, RopeScaling, Stream};
 use serde_json::{Map, Value, json};
 
 /// The keys that both published files have, and their values in THUDM/chatglm3-6b.
@@ -94,6 +94,52 @@ fn keys_are_followed() {
             DecoderSpec::from_config(&config).unwrap().blocks
         );
     }
+}
+
+/// The published code without multi-query attention: `mixed.view(heads, 3 * head_dim)`, and each head split into q, k, v.
+#[test]
+fn without_multi_query_attention_each_head_has_its_three_parts_together() {
+    let mut absent = chatglm3();
+    absent.remove("multi_query_attention");
+    for config in [
+        absent,
+        with(chatglm3(), json!({"multi_query_attention": false})),
+        with(chatglm3(), json!({"multi_query_attention": null})),
+    ] {
+        let spec = DecoderSpec::from_config(&config).unwrap();
+        let block = &spec.blocks[0];
+        let AttnSpec::Gqa(attn) = &block.attn else { panic!("not grouped-query attention") };
+        assert_eq!((attn.heads, attn.kv_heads, attn.qkv), (32, 32, QkvLayout::Grouped));
+        let at = |part: usize| (0..32).map(|head| (3 * head + part) * 128).collect::<Vec<usize>>();
+        assert_eq!(attn.columns(), [(Role::Qkv, at(0)), (Role::Qkv, at(1)), (Role::Qkv, at(2))]);
+        let fold = block.folds.iter().find(|fold| fold.input.stream == Stream::AttnOut).unwrap();
+        let Producer::Rows { rows, .. } = &fold.producer else { panic!("no rows") };
+        let values: Vec<u32> = (0..4096).map(|c| 384 * (c / 128) + 256 + c % 128).collect();
+        assert_eq!(rows.to_vec(), values);
+    }
+    // With it: all of q, then k, then v.
+    let spec = DecoderSpec::from_config(&chatglm3()).unwrap();
+    let AttnSpec::Gqa(attn) = &spec.blocks[0].attn else { panic!("not grouped-query attention") };
+    let [(_, q), (_, k), (_, v)] = attn.columns();
+    assert_eq!((q[31], k, v), (31 * 128, vec![4096, 4224], vec![4352, 4480]));
+}
+
+#[test]
+fn chatglm2_with_a_rope_ratio_is_refused() {
+    for name in ["THUDM/chatglm2-6b-32k", "/models/ChatGLM2-6B-32K"] {
+        let config = |ratio: Value| with(chatglm3(), json!({"_name_or_path": name, "rope_ratio": ratio}));
+        let error = DecoderSpec::from_config(&config(json!(16))).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        let message = error.to_string();
+        let wanted =
+            "`rope_ratio` is 16, which is not supported; supported: 1 where `_name_or_path` contains `chatglm2`";
+        assert!(message.contains(wanted), "{message}");
+        for same in [json!(1), json!(1.0), json!(null)] {
+            assert_eq!(DecoderSpec::from_config(&config(same)).unwrap().rope.theta, 1e4);
+        }
+    }
+    let other = with(chatglm3(), json!({"_name_or_path": "THUDM/chatglm3-6b-128k", "rope_ratio": 500}));
+    assert_eq!(DecoderSpec::from_config(&other).unwrap().rope.theta, 5e6);
 }
 
 #[test]

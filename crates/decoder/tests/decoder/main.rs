@@ -6,6 +6,7 @@ mod bad_configs;
 mod bad_experts;
 mod chatglm;
 mod compute;
+mod described;
 mod fixture;
 mod folds;
 mod forward;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use lite_decoder::{DecoderSpec, ErrorKind, WRAPPERS};
+use lite_decoder::{AttnSpec, DecoderSpec, ErrorKind, WRAPPERS};
 use serde_json::{Value, json};
 
 use crate::fixture::{Fixture, object, root};
@@ -104,6 +104,105 @@ fn qwen3_vl_moe_as_published() {
     let moe = spec.blocks[1].moe().unwrap();
     assert!(moe.router.normalize && moe.experts == 5 && moe.top_k == 2);
     assert_eq!(moe.router.weight, "model.language_model.layers.1.mlp.gate.weight");
+}
+
+/// What Qwen's classes of the text part have where a section says nothing (transformers 5.17); they are not those of the
+/// same decoder alone.
+#[test]
+fn sections_have_the_defaults_of_their_own_class() {
+    for (architecture, model_type, layers, kv_heads, theta, eps, positions) in [
+        ("Qwen2VLForConditionalGeneration", "qwen2_vl", 80, 8, 1e6, 1e-5f32, 32_768),
+        ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", 80, 8, 1e6, 1e-5, 32_768),
+        ("Qwen3VLForConditionalGeneration", "qwen3_vl", 32, 32, 5e5, 1e-6, 128_000),
+        ("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe", 24, 16, 5e5, 1e-6, 128_000),
+    ] {
+        let mut text = json!({"model_type": format!("{model_type}_text")});
+        if model_type == "qwen3_vl_moe" {
+            text["num_experts"] = 4.into();
+            text["num_experts_per_tok"] = 2.into();
+            text["moe_intermediate_size"] = 64.into();
+        }
+        let config = json!({"architectures": [architecture], "model_type": model_type, "text_config": text});
+        let spec = DecoderSpec::from_config(config.as_object().unwrap()).unwrap();
+        let AttnSpec::Gqa(attn) = &spec.blocks[0].attn else { panic!("not grouped-query attention") };
+        let found = (spec.blocks.len(), attn.kv_heads, spec.rope.theta, spec.final_norm.eps, spec.max_positions);
+        assert_eq!(found, (layers, kv_heads, theta, eps, positions), "{architecture}");
+        let sizes = (spec.hidden, spec.vocab, attn.heads, attn.head_dim);
+        let wanted = match model_type {
+            "qwen2_vl" | "qwen2_5_vl" => (8192, 152_064, 64, 128),
+            "qwen3_vl" => (4096, 151_936, 32, 128),
+            _ => (2048, 151_936, 16, 128),
+        };
+        assert_eq!(sizes, wanted, "{architecture}");
+    }
+    // The older files, without a section, have the same class.
+    let windows = |first: Value| {
+        let config = json!({"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl",
+            "hidden_size": 64, "intermediate_size": 96, "vocab_size": 32, "num_hidden_layers": 40,
+            "num_attention_heads": 8, "use_sliding_window": true, "max_window_layers": first});
+        let spec = DecoderSpec::from_config(config.as_object().unwrap()).unwrap();
+        assert_eq!((spec.rope.theta, spec.final_norm.eps), (1e6, 1e-5));
+        spec.blocks.iter().filter(|block| matches!(&block.attn, AttnSpec::Gqa(attn) if attn.window.is_some())).count()
+    };
+    assert_eq!((windows(Value::Null), windows(28.into())), (0, 12), "80 by default");
+}
+
+/// Which `tie_word_embeddings` counts: that of the whole and that of the section, absent or not, as transformers 5.17 resolves
+/// them in each model's configuration class (InternVLChatModel: as its published code does).
+#[test]
+fn ties_are_those_of_the_models_class() {
+    let text = json!({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 64, "vocab_size": 32,
+        "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8});
+    let experts = json!({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64});
+    let (no, yes) = (Some(false), Some(true));
+    let cases = [(None, None), (None, no), (None, yes), (no, None), (no, yes), (yes, None), (yes, no)];
+    // The results of these cases, in order.
+    let either = [false, false, true, false, true, true, true];
+    let whole_false = [false, false, false, false, false, true, true];
+    let whole_true = [true, true, true, false, false, true, true];
+    let section = [false, false, true, false, true, false, false];
+    for (architecture, section_type, key, wanted) in [
+        ("Qwen2VLForConditionalGeneration", "qwen2_vl_text", "text_config", either),
+        ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_text", "text_config", either),
+        ("LlavaForConditionalGeneration", "qwen2", "text_config", either),
+        ("Qwen3VLForConditionalGeneration", "qwen3_vl_text", "text_config", whole_false),
+        ("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe_text", "text_config", whole_false),
+        ("Gemma3ForConditionalGeneration", "gemma3_text", "text_config", whole_true),
+        ("InternVLForConditionalGeneration", "qwen2", "text_config", whole_true),
+        ("InternVLChatModel", "qwen2", "llm_config", section),
+    ] {
+        let config = |(whole, own): (Option<bool>, Option<bool>)| {
+            let mut text = text.clone();
+            text["model_type"] = section_type.into();
+            if section_type == "qwen3_vl_moe_text" {
+                text.as_object_mut().unwrap().extend(experts.as_object().unwrap().clone());
+            }
+            let tie = "tie_word_embeddings";
+            let mut config = json!({"architectures": [architecture]});
+            own.into_iter().for_each(|own| text[tie] = own.into());
+            whole.into_iter().for_each(|whole| config[tie] = whole.into());
+            config[key] = text;
+            config.as_object().unwrap().clone()
+        };
+        let found = cases.map(|case| DecoderSpec::from_config(&config(case)).unwrap().head.tied);
+        assert_eq!(found, wanted, "{architecture}");
+        // A checkpoint with a head of its own is not tied by a default, only by a key.
+        let with_head = |case| {
+            let spec = DecoderSpec::from_config_for(&config(case), &|name| name.ends_with("lm_head.weight")).unwrap();
+            assert!(!spec.head.tied || !spec.head.weight.contains("lm_head"));
+            spec.head.tied
+        };
+        assert!(!with_head((None, no)), "{architecture}");
+        assert_eq!(with_head((yes, yes)), wanted[6] || wanted[4], "{architecture}");
+    }
+    // Older files have the keys of the decoder at the top.
+    for (whole, tied) in [(Value::Null, false), (false.into(), false), (true.into(), true)] {
+        let mut flat = text.clone();
+        flat["architectures"] = json!(["Qwen2VLForConditionalGeneration"]);
+        flat["model_type"] = "qwen2_vl".into();
+        flat["tie_word_embeddings"] = whole;
+        assert_eq!(DecoderSpec::from_config(flat.as_object().unwrap()).unwrap().head.tied, tied);
+    }
 }
 
 #[test]

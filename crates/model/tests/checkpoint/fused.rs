@@ -325,6 +325,25 @@ fn other_forms_are_refused_by_name_and_shape() {
         let error = refused(model(config, &tensors).path(), ErrorKind::Input, words);
         assert!(matches!(error, ModelError::FusedExperts { .. }), "{error}");
     }
+    // Names as long as a header allows, once more for every expert.
+    let long = |leaf: &str, shape: &[usize]| {
+        (
+            format!("{}.experts.{leaf}", "x".repeat(4000)),
+            "BF16",
+            shape.to_vec(),
+            vec![0; 2 * shape.iter().product::<usize>()],
+        )
+    };
+    let many = model(CONFIG, &[long("gate_up_proj", &[20_000, 2, 1]), long("down_proj", &[20_000, 1, 1])]);
+    refused(many.path(), ErrorKind::Input, &["names of a usual length"]);
+    // Inside a wrapper gpt-oss is gpt-oss: gate and up alternate.
+    let wrapped = "{\"model_type\": \"internvl\", \"text_config\": {\"model_type\": \"gpt_oss\"}}";
+    let dir = model(wrapped, &Layout::Turns.tensors());
+    let gate = Checkpoint::open(dir.path()).unwrap().tensor_f32("x.experts.1.gate_proj.weight").unwrap();
+    assert_eq!(gate[..2], [value(1, 0, 0, 0), value(1, 0, 0, 1)]);
+    // Codes of another quantizer are not taken apart.
+    let codes = [tensor("gate_up_proj", "I8", &[2, 8, 3], 1), tensor("down_proj", "I8", &[2, 3, 4], 1)];
+    assert_eq!(Checkpoint::open(model(CONFIG, &codes).path()).unwrap().fused_tensors(), 0);
     // Good ones, and names that only look like them.
     assert_eq!(Checkpoint::open(model(CONFIG, &good()).path()).unwrap().names().len(), 6);
     let other = |name: &str| (name.to_owned(), "BF16", vec![2, 8, 3], vec![0; 96]);

@@ -4,7 +4,7 @@
 //! violation carries the place it comes from. An engine that would load a checkpoint wrongly without
 //! saying so is treated like one that refuses it.
 
-mod gpt_oss;
+mod fused_only;
 mod lmdeploy_pytorch;
 mod mixed;
 mod rules;
@@ -126,7 +126,8 @@ pub enum Verdict {
     Refuses(Vec<RuleViolation>),
 }
 
-/// Every rule of `target` that a plan breaks, refusals first.
+/// Every rule of `target` that a plan breaks, refusals first. Where the engine cannot read the family's experts one by
+/// one, that refusal alone: no other advice would make it load them.
 ///
 /// `scheme` is that of all quantized `sites` without their own; `architectures` are the names in `config.json` (for a
 /// wrapper model the text model's too; empty skips rules about them); `tp` is the number of
@@ -141,6 +142,10 @@ pub fn check(
 ) -> Vec<RuleViolation> {
     let tp = tp.max(1);
     let mut rules = Rules::new(layout, scheme, sites, architectures, tp);
+    let fused_only = fused_only::check(target, &rules);
+    if let Some(refusal) = fused_only.as_ref().filter(|found| found.severity == Severity::Refused) {
+        return vec![refusal.clone()];
+    }
     rules.layout_holds_everything();
     if !rules.found.is_empty() {
         return rules.found;
@@ -171,7 +176,7 @@ pub fn check(
         }
     }
     mixed::check(target, &mut rules);
-    gpt_oss::check(target, &mut rules);
+    rules.found.extend(fused_only);
     rules.found.sort_by_key(|violation| violation.severity != Severity::Refused);
     rules.found
 }

@@ -120,10 +120,7 @@ fn architectures(rules: &mut Rules<'_>) {
         }
     }
     let has = |wanted: &str| rules.architectures.iter().any(|name| name == wanted);
-    if has("GptOssForCausalLM") {
-        let message = "TurboMind reads `GptOssForCausalLM` in mxfp4 only; serve the published checkpoint".to_owned();
-        rules.whole(Severity::Refused, "turbomind-gpt-oss", ARCHS, message);
-    } else if has("InternS2MobiusForConditionalGeneration") {
+    if has("InternS2MobiusForConditionalGeneration") {
         let message = "the converter of this architecture looks for plain `.weight` names; try the checkpoint before \
                        relying on it"
             .to_owned();

@@ -21,6 +21,11 @@ pub(super) fn check(judged: &Judged<'_>, options: &VerifyOptions<'_>, findings: 
     let mut sites: Vec<SiteFacts> = judged
         .linears
         .iter()
+        // Plain experts that are stored in one tensor are so as engines know them.
+        .filter(|linear| {
+            judged.is_packed(&linear.module)
+                || !judged.checkpoint.info(&format!("{}.weight", linear.module)).is_some_and(|info| info.is_fused())
+        })
         .map(|linear| SiteFacts {
             name: linear.module.clone(),
             fused_group: fused(&linear.module),

@@ -106,7 +106,55 @@ pub(super) fn set_part_or_none(
     Ok(())
 }
 
+/// Refuses names that latent attention, whose linears have fixed ones, would not read.
+pub(super) fn refuse_unread(rules: &NameRules, base: &str) -> Result<(), ArchitectureError> {
+    let given = [
+        ("names.qkv", rules.qkv.is_some()),
+        ("names.q_norm", rules.q_norm.is_some()),
+        ("names.k_norm", rules.k_norm.is_some()),
+        ("names.o", rules.o.is_some()),
+    ];
+    match given.into_iter().find(|(_, given)| *given) {
+        Some((key, _)) => Err(wrong(
+            key,
+            format!("is here, and {base} has latent attention, whose linears and norms have fixed names: leave it out"),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Refuses one name for two norms of a block, at the last key that gives it.
+fn distinct_norms(names: &Names, given: [bool; 6]) -> Result<(), ArchitectureError> {
+    let own = |name: &str| format!("{}.{name}", names.attn);
+    let all = [
+        ("names.attn_norm", names.attn_norm.map(str::to_owned)),
+        ("names.attn_out_norm", names.attn_out_norm.map(str::to_owned)),
+        ("names.mlp_norm", names.mlp_norm.map(str::to_owned)),
+        ("names.mlp_out_norm", names.mlp_out_norm.map(str::to_owned)),
+        ("names.q_norm", Some(own(names.qk_norms[0]))),
+        ("names.k_norm", Some(own(names.qk_norms[1]))),
+    ];
+    for (i, (key, name)) in all.iter().enumerate() {
+        for (j, (earlier, other)) in all.iter().enumerate().take(i) {
+            if let (Some(name), true) = (name, name == other) {
+                let (key, other) = if given[i] || !given[j] { (key, earlier) } else { (earlier, key) };
+                let reason = format!("gives the norm `{name}`, which is that of `{other}` too; each has its own");
+                return Err(wrong(key, reason));
+            }
+        }
+    }
+    Ok(())
+}
+
 pub(super) fn set_names(names: &mut Names, rules: NameRules) -> Result<(), ArchitectureError> {
+    let given = [
+        rules.attn_norm.is_some(),
+        rules.attn_out_norm.is_some(),
+        rules.mlp_norm.is_some(),
+        rules.mlp_out_norm.is_some(),
+        rules.q_norm.is_some(),
+        rules.k_norm.is_some(),
+    ];
     if let Some(block) = rules.block {
         let Some(prefix) = block.strip_suffix(BLOCK).and_then(|rest| rest.strip_suffix('.')) else {
             let found = clean(&block);
@@ -137,7 +185,7 @@ pub(super) fn set_names(names: &mut Names, rules: NameRules) -> Result<(), Archi
     if let Some(rule) = rules.gate_up.map(GateUpRule::parts) {
         (names.gate_up, names.gate_up_names) = (rule.0, parts("names.gate_up", rule.1)?);
     }
-    Ok(())
+    distinct_norms(names, given)
 }
 
 pub(super) fn bias(rule: BiasRule, key: &str) -> Result<Bias, ArchitectureError> {
@@ -155,7 +203,7 @@ pub(super) fn window(rule: WindowRule) -> Result<Window, ArchitectureError> {
     Ok(match rule {
         WindowRule::Never => Window::Never,
         WindowRule::Refused => Window::Refused,
-        WindowRule::SomeLayers => Window::SomeLayers,
+        WindowRule::SomeLayers => Window::SomeLayers { first: 28 },
         WindowRule::AllLayers(all) => Window::AllLayers(bounded("window.all_layers", all.default, POSITIONS)?),
         WindowRule::Alternating(rule) => Window::Alternating {
             period: bounded("window.alternating.period", Some(rule.period), 1..=10_000)?.unwrap_or(1),
