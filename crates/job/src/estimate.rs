@@ -23,7 +23,7 @@ pub struct MemoryEstimate {
     /// Hidden states of all calibration windows, in memory or (see `spooled`) in a file.
     pub hidden: u64,
     /// The quantized model's input of down for all windows, kept from the pass that gathers it to the pass that leaves
-    /// the block; 0 where it is computed again, for want of room.
+    /// the block (of experts, both models', for one of them); 0 where it is computed again, for want of room.
     pub middle: u64,
     /// Whether the hidden states are in a file.
     pub spooled: bool,
@@ -40,7 +40,7 @@ pub struct MemoryEstimate {
 impl MemoryEstimate {
     /// Peak of the whole run.
     pub fn peak(&self) -> u64 {
-        let kept = self.middle + if self.spooled { 0 } else { self.hidden };
+        let kept = self.middle + if self.spooled { SPOOL.min(self.hidden / 4) } else { self.hidden };
         // Long-lived blocks among short-lived ones: some room between them is lost.
         let kept = kept + kept / 8;
         // Tuning comes when codes are chosen; the allocator has not given back all that took.
@@ -82,8 +82,11 @@ fn share(block: &BlockSpec, role: Role) -> f64 {
 const BASE: u64 = 46 << 20;
 /// What a forward pass brings besides: the tokenizer's tables, buffers of the products, and what the allocator keeps of
 /// freed memory, which is little within a budget. Measured, on models of 6, 8 and 43 million parameters.
-const PASSES: u64 = 54 << 20;
+const PASSES: u64 = 70 << 20;
 const PASSES_WITHIN_BUDGET: u64 = 11 << 20;
+
+/// What is on its way to the file of hidden states, or back.
+const SPOOL: u64 = 8 << 20;
 
 /// Windows of one step of tuning.
 const TUNED_WINDOWS: usize = 8;
@@ -205,6 +208,8 @@ impl Costs<'_> {
             self.blocks.iter().flat_map(|b| b.site(lite_decoder::Role::Down)).map(|s| s.in_features).max().unwrap_or(0);
         // After tuning the whole block runs again anyway.
         let middle = if self.solver.error_aware && !self.solver.tune { middle as u64 } else { 0 };
+        let middle = tokens(self.windows, self.seqlen) * middle * 4;
+        let middle = if self.solver.error_aware { middle.max(self.kept_of_expert()) } else { 0 };
         let in_flight = if self.solver.error_aware { IN_FLIGHT } else { 1 };
         let grams = if self.solver.error_aware { widest * widest * 8 } else { grams };
         // Shadow, gradient and two moments in f32, windows of one step.
@@ -230,16 +235,25 @@ impl Costs<'_> {
             block,
             grams: if calibrated { grams } else { 0 },
             hidden: tokens(self.windows, self.seqlen) * stores * 4,
-            middle: tokens(self.windows, self.seqlen) * middle * 4,
+            middle,
             spooled: false,
             // Rows of experts differ in number, so that buffers which were freed seldom fit again.
             activations: tokens((self.batch * in_flight).min(self.windows), self.seqlen)
                 * per_token
-                * if experts { 2 } else { 1 },
+                * if experts && self.budget { 2 } else { 1 },
             solve,
             tune,
             check,
         }
+    }
+
+    /// Bytes of an expert's intermediate rows in both streams, if tokens are spread evenly.
+    fn kept_of_expert(&self) -> u64 {
+        let rows = |moe: &lite_decoder::MoeSpec| {
+            self.windows as f64 * self.seqlen as f64 * moe.top_k as f64 / moe.experts as f64
+        };
+        let bytes = |moe: &lite_decoder::MoeSpec| (rows(moe) * 2.0 * moe.intermediate as f64 * 4.0) as u64;
+        self.blocks.iter().filter_map(BlockSpec::moe).map(bytes).max().unwrap_or(0).min(crate::experts::KEPT as u64)
     }
 
     /// Most weights of a block that are there a second time while it is solved.

@@ -22,8 +22,8 @@ use crate::{ExpertPolicy, JobError, QuantSite};
 /// Tokens per input channel from which on drift between the streams is made up for.
 const TOKENS_PER_CHANNEL: u64 = 4;
 
-/// Bytes of an expert's intermediate rows that are kept from its statistics to its outputs.
-const KEPT: usize = 256 << 20;
+/// Bytes of an expert's intermediate rows that are kept from its statistics to its outputs, where there is room for any.
+pub(crate) const KEPT: usize = 256 << 20;
 
 /// An expert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -308,7 +308,7 @@ impl Work<'_> {
         };
         let room = |chunks: &[Chunk]| {
             let rows: usize = chunks.iter().map(|chunk| chunk.rows.len() + chunk.coded.0.len()).sum();
-            rows * self.moe.intermediate * 4 <= KEPT
+            self.runner.plan.memory.middle > 0 && rows * self.moe.intermediate * 4 <= KEPT
         };
         let keeps = mid && !weighted && self.expert != Expert::Shared && room(seen);
         let mut stats = CrossStats::new(width, width);
