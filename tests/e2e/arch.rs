@@ -234,6 +234,16 @@ fn recipes_and_plans_carry_the_file() {
     let output = run(&["run", "job.yaml", "--set", "arch=b.yaml", "--work-dir", "other", "--arch", "a.yaml"]);
     assert_eq!(output.status.code(), Some(2), "{}", told(&output));
     assert!(told(&output).contains("another file of this run"), "{}", told(&output));
+    // A job does not live on the file of another one.
+    let job = std::fs::read_to_string(dir.path().join("job.yaml")).unwrap();
+    let entry = |text: &str| format!("- {}\n", text.trim_end().replace('\n', "\n  "));
+    let other = job.replace("arch: a.yaml\n", "").replace("path: out", "path: second");
+    let both = format!("jobs:\n{}{}", entry(&job.replace("path: out", "path: first")), entry(&other));
+    std::fs::write(dir.path().join("both.yaml"), both).unwrap();
+    let output = run(&["run", "both.yaml", "--keep-going"]);
+    assert_eq!(output.status.code(), Some(2), "{}", told(&output));
+    assert!(told(&output).contains("described by a file that another job names"), "{}", told(&output));
+    assert!(dir.path().join("first/config.json").exists() && !dir.path().join("second/config.json").exists());
     // As the known family, but for its name.
     edit(&dir.path().join("m"), |config| {
         config.insert("architectures".into(), json!(["LlamaForCausalLM"]));

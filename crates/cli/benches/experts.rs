@@ -2,7 +2,7 @@
 //!
 //! `cargo bench -p lite --bench experts` prints seconds of the forward pass for a block in the shape of Qwen3-30B-A3B (128
 //! experts, 8 of them per token) and for a dense block whose feed-forward is as wide as those 8 together, on the same
-//! tokens. A ratio of 1 is the cost of the active parameters, 10 that of running every expert on every token (attention
+//! tokens. A ratio of 1 is the cost of the active parameters, 11 that of running every expert on every token (attention
 //! costs the same in both); `limit` is 1.3 times the cost of the active parameters and the router.
 #![allow(clippy::print_stdout, reason = "a benchmark prints its table")]
 
