@@ -1,16 +1,12 @@
 //! Each rule of each engine fires where it must and nowhere else.
 
+mod engines;
+
 use lite_pack::layout;
-use lite_pack::targets::{Severity, SiteFacts, Target, Verdict, check, engines_for};
+use lite_pack::targets::{SiteFacts, Target, Verdict, check, engines_for};
 use lite_quant::{ScaleDtype, Scheme};
 
-fn scheme(bits: i64, group: i64, symmetric: bool) -> Scheme {
-    Scheme::new(bits, group, symmetric, ScaleDtype::F16).unwrap()
-}
-
-fn site(name: &str, group: Option<&str>, n: usize, k: usize) -> SiteFacts {
-    SiteFacts { name: name.to_owned(), fused_group: group.map(str::to_owned), n, k, quantized: true, scheme: None }
-}
+use engines::{expert_linears, rules, scheme, site};
 
 /// One dense layer, and a head that stays dense.
 fn dense() -> Vec<SiteFacts> {
@@ -36,44 +32,9 @@ fn change(change: impl Fn(&mut SiteFacts)) -> Vec<SiteFacts> {
 }
 
 fn experts() -> Vec<SiteFacts> {
-    let mut sites: Vec<SiteFacts> = (0..2)
-        .flat_map(|expert| {
-            let parent = format!("model.layers.0.mlp.experts.{expert}");
-            let group = format!("{parent}.gate_up");
-            [
-                site(&format!("{parent}.gate_proj"), Some(&group), 256, 512),
-                site(&format!("{parent}.up_proj"), Some(&group), 256, 512),
-                site(&format!("{parent}.down_proj"), None, 512, 256),
-            ]
-        })
-        .collect();
     let mut router = site("model.layers.0.mlp.gate", None, 2, 512);
     router.quantized = false;
-    sites.push(router);
-    sites
-}
-
-/// `(refused, warned)` rule names.
-fn rules(
-    target: Target,
-    layout_name: &str,
-    scheme: &Scheme,
-    sites: &[SiteFacts],
-    architecture: &str,
-    tp: usize,
-) -> (Vec<&'static str>, Vec<&'static str>) {
-    let found = check(target, layout(layout_name).unwrap(), &(*scheme).into(), sites, &[architecture.to_owned()], tp);
-    for violation in &found {
-        assert!(!violation.message.is_empty() && !violation.source.is_empty());
-        for name in &violation.sites {
-            let known = sites
-                .iter()
-                .any(|site| site.name.starts_with(name.as_str()) || site.fused_group.as_ref() == Some(name));
-            assert!(known, "{name}");
-        }
-    }
-    let of = |severity| found.iter().filter(|found| found.severity == severity).map(|found| found.rule).collect();
-    (of(Severity::Refused), of(Severity::Warning))
+    expert_linears().into_iter().chain([router]).collect()
 }
 
 const CT: &str = "compressed-tensors";

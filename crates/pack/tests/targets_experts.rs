@@ -1,19 +1,15 @@
 //! Families whose experts some engines read in one tensor per layer only.
 
-use lite_pack::targets::{Severity, SiteFacts, Target, Verdict, check, engines_for};
+mod engines;
+
+use lite_pack::targets::{SiteFacts, Target, Verdict, check, engines_for};
 use lite_pack::{layout, preset};
-use lite_quant::{ScaleDtype, Scheme};
+use lite_quant::ScaleDtype;
+
+use engines::{expert_linears, rules, scheme, site};
 
 const CT: &str = "compressed-tensors";
 const NONE: (Vec<&str>, Vec<&str>) = (vec![], vec![]);
-
-fn scheme(bits: i64, group: i64, symmetric: bool) -> Scheme {
-    Scheme::new(bits, group, symmetric, ScaleDtype::F16).unwrap()
-}
-
-fn site(name: &str, group: Option<&str>, n: usize, k: usize) -> SiteFacts {
-    SiteFacts { name: name.to_owned(), fused_group: group.map(str::to_owned), n, k, quantized: true, scheme: None }
-}
 
 /// The attention of one layer.
 fn dense() -> Vec<SiteFacts> {
@@ -24,35 +20,6 @@ fn dense() -> Vec<SiteFacts> {
         site("model.layers.0.self_attn.v_proj", qkv, 128, 512),
         site("model.layers.0.self_attn.o_proj", None, 512, 512),
     ]
-}
-
-/// Two experts, one by one.
-fn experts() -> Vec<SiteFacts> {
-    let of = |expert| {
-        let parent = format!("model.layers.0.mlp.experts.{expert}");
-        let group = format!("{parent}.gate_up");
-        [
-            site(&format!("{parent}.gate_proj"), Some(&group), 256, 512),
-            site(&format!("{parent}.up_proj"), Some(&group), 256, 512),
-            site(&format!("{parent}.down_proj"), None, 512, 256),
-        ]
-    };
-    (0..2).flat_map(of).collect()
-}
-
-/// `(refused, warned)` rule names.
-fn rules(
-    target: Target,
-    layout_name: &str,
-    scheme: &Scheme,
-    sites: &[SiteFacts],
-    architecture: &str,
-    tp: usize,
-) -> (Vec<&'static str>, Vec<&'static str>) {
-    let found = check(target, layout(layout_name).unwrap(), &(*scheme).into(), sites, &[architecture.to_owned()], tp);
-    assert!(found.iter().all(|found| !found.message.is_empty() && !found.source.is_empty()));
-    let of = |severity| found.iter().filter(|found| found.severity == severity).map(|found| found.rule).collect();
-    (of(Severity::Refused), of(Severity::Warning))
 }
 
 /// The same linears, none of them quantized.
@@ -71,15 +38,15 @@ fn experts_of_gpt_oss() {
         (Target::LmdeployPytorch, "lmdeploy-pytorch-gpt-oss"),
         (Target::Transformers, "transformers-gpt-oss"),
     ];
-    let mut half = experts();
+    let mut half = expert_linears();
     half[5].quantized = false;
-    let mut own = experts();
+    let mut own = expert_linears();
     own[2].scheme = Some(scheme(8, 128, true).into());
-    let mut odd = experts();
+    let mut odd = expert_linears();
     odd.iter_mut().for_each(|site| (site.n, site.k) = (site.n + 4, site.k + 8));
     // Left plain they are one by one all the same.
-    let plain = [dense(), plain(experts())].concat();
-    for sites in [experts(), [dense(), experts()].concat(), half, own, odd, plain] {
+    let plain = [dense(), plain(expert_linears())].concat();
+    for sites in [expert_linears(), [dense(), expert_linears()].concat(), half, own, odd, plain] {
         for (target, rule) in refusals {
             for layout in ["awq", "gptq", CT] {
                 for scheme in [scheme(4, 128, false), scheme(8, -1, true)] {
@@ -89,24 +56,25 @@ fn experts_of_gpt_oss() {
             }
         }
     }
-    let trtllm = rules(Target::TrtLlm, "gptq", &scheme(4, 128, true), &experts(), ARCH, 1);
+    let trtllm = rules(Target::TrtLlm, "gptq", &scheme(4, 128, true), &expert_linears(), ARCH, 1);
     assert_eq!(trtllm, (vec![], vec!["trtllm-gpt-oss"]));
-    let trtllm = rules(Target::TrtLlm, CT, &scheme(4, 128, true), &experts(), ARCH, 1);
+    let trtllm = rules(Target::TrtLlm, CT, &scheme(4, 128, true), &expert_linears(), ARCH, 1);
     assert_eq!(trtllm, (vec!["trtllm-layout"], vec!["trtllm-gpt-oss"]));
     for w8a8 in ["W8A8", "FP8_DYNAMIC"] {
         let scheme = preset(w8a8, ScaleDtype::F32).unwrap();
         let layout = layout("lmdeploy-w8a8").unwrap();
-        let found = check(Target::LmdeployPytorch, layout, &scheme, &experts(), &[ARCH.to_owned()], 1);
+        let found = check(Target::LmdeployPytorch, layout, &scheme, &expert_linears(), &[ARCH.to_owned()], 1);
         assert_eq!(found.iter().map(|found| found.rule).collect::<Vec<_>>(), ["lmdeploy-pytorch-gpt-oss"], "{w8a8}");
         // Another family's load there.
-        let found = check(Target::LmdeployPytorch, layout, &scheme, &experts(), &["Qwen3MoeForCausalLM".to_owned()], 1);
+        let found =
+            check(Target::LmdeployPytorch, layout, &scheme, &expert_linears(), &["Qwen3MoeForCausalLM".to_owned()], 1);
         assert_eq!(found, [], "{w8a8}");
     }
     // Without experts nothing is fused.
     assert_eq!(rules(Target::Vllm, CT, &scheme(4, 128, true), &dense(), ARCH, 1), NONE);
     assert_eq!(rules(Target::LmdeployPytorch, "awq", &scheme(4, 128, true), &dense(), ARCH, 1), NONE);
     // A plan that names no engine says the same.
-    let found = engines_for(layout(CT).unwrap(), &scheme(4, 128, true).into(), &experts(), &[ARCH.to_owned()]);
+    let found = engines_for(layout(CT).unwrap(), &scheme(4, 128, true).into(), &expert_linears(), &[ARCH.to_owned()]);
     for (target, rule) in refusals {
         let Some((_, Verdict::Refuses(why))) = found.iter().find(|(engine, _)| *engine == target) else {
             panic!("{target:?} loads");
@@ -127,21 +95,25 @@ fn experts_of_qwen3_vl_moe() {
         let run = |target, layout, sites: &[SiteFacts]| rules(target, layout, &scheme(4, 128, true), sites, arch, 1);
         let refused = (vec!["transformers-qwen3-vl-moe"], vec![]);
         for layout in ["awq", "gptq", CT] {
-            assert_eq!(run(Target::Transformers, layout, &experts()), refused, "{layout}");
-            assert_eq!(run(Target::Transformers, layout, &[dense(), plain(experts())].concat()), refused, "{layout}");
+            assert_eq!(run(Target::Transformers, layout, &expert_linears()), refused, "{layout}");
+            assert_eq!(
+                run(Target::Transformers, layout, &[dense(), plain(expert_linears())].concat()),
+                refused,
+                "{layout}"
+            );
         }
         let found = check(
             Target::Transformers,
             layout(CT).unwrap(),
             &scheme(4, 128, true).into(),
-            &experts(),
+            &expert_linears(),
             &[arch.to_owned()],
             1,
         );
         assert_eq!(found[0].sites.len(), 6, "{found:?}");
         assert_eq!(run(Target::Transformers, CT, &dense()), NONE);
-        assert_eq!(run(Target::Vllm, CT, &experts()), NONE);
-        assert_eq!(run(Target::LmdeployPytorch, "awq", &experts()).0, ["lmdeploy-pytorch-experts"]);
-        assert_eq!(run(Target::TurboMind, CT, &experts()).0, ["turbomind-architecture"]);
+        assert_eq!(run(Target::Vllm, CT, &expert_linears()), NONE);
+        assert_eq!(run(Target::LmdeployPytorch, "awq", &expert_linears()).0, ["lmdeploy-pytorch-experts"]);
+        assert_eq!(run(Target::TurboMind, CT, &expert_linears()).0, ["turbomind-architecture"]);
     }
 }

@@ -5,7 +5,7 @@ use std::fs;
 use lite_model::{Checkpoint, Dtype, ErrorKind, ModelError};
 use tempfile::TempDir;
 
-use crate::support::{CONFIG, container, folder, index, refused};
+use crate::support::{CONFIG, container, folder, index, refused, resident};
 
 const GPT_OSS: &str = "{\"model_type\": \"gpt_oss\"}";
 /// Experts, inputs and outputs, width.
@@ -370,14 +370,6 @@ fn hostile_headers_do_not_overflow() {
         assert!(matches!(checkpoint.tensor(name), Err(ModelError::Changed { .. })));
         assert!(matches!(checkpoint.tensor_f32(name), Err(ModelError::Changed { .. })));
     }
-}
-
-/// Resident bytes of the mapping of a file, as the kernel counts them; `None` where it does not say.
-fn resident(path: &std::path::Path) -> Option<u64> {
-    let maps = fs::read_to_string("/proc/self/smaps").ok()?;
-    let (_, after) = maps.split_once(path.to_str()?)?;
-    let line = after.lines().find(|l| l.starts_with("Rss:"))?;
-    Some(1024 * line.split_whitespace().nth(1)?.parse::<u64>().ok()?)
 }
 
 #[test]

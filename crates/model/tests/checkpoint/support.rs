@@ -73,3 +73,11 @@ pub(crate) fn shared(path: &str) -> Option<PathBuf> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared").join(path);
     path.is_dir().then_some(path)
 }
+
+/// Resident bytes of the mapping of a file, as the kernel counts them; `None` where it does not say.
+pub(crate) fn resident(path: &Path) -> Option<u64> {
+    let maps = fs::read_to_string("/proc/self/smaps").ok()?;
+    let (_, after) = maps.split_once(path.to_str()?)?;
+    let line = after.lines().find(|l| l.starts_with("Rss:"))?;
+    Some(1024 * line.split_whitespace().nth(1)?.parse::<u64>().ok()?)
+}

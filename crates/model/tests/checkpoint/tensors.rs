@@ -4,7 +4,7 @@ use std::fs;
 
 use lite_model::{Checkpoint, Dtype, DtypeCount, ErrorKind, ModelError};
 
-use crate::support::{bytes_file, container, model};
+use crate::support::{bytes_file, container, model, resident};
 
 /// F32 `[2]`, BF16 `[3]` at an odd address, F16 `[1]`, I32 `[1]`; the U8 in front shifts them.
 fn mixed() -> Vec<u8> {
@@ -100,14 +100,6 @@ fn a_file_that_changes_during_the_run() {
         let error = checkpoint.tensor("a").unwrap_err();
         assert!(matches!(error, ModelError::Changed { .. }) && error.kind() == ErrorKind::Io, "{error}");
     }
-}
-
-/// Resident bytes of the mapping of a file, as the kernel counts them; `None` where it does not say.
-fn resident(path: &std::path::Path) -> Option<u64> {
-    let maps = fs::read_to_string("/proc/self/smaps").ok()?;
-    let (_, after) = maps.split_once(path.to_str()?)?;
-    let line = after.lines().find(|l| l.starts_with("Rss:"))?;
-    Some(1024 * line.split_whitespace().nth(1)?.parse::<u64>().ok()?)
 }
 
 #[test]
