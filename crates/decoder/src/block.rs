@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
+use lite_linalg::Threads;
 
 use crate::norm::{Norm, load_norm};
 use crate::{
@@ -254,8 +255,13 @@ impl Block {
     }
 
     pub(crate) fn linear(&self, role: Role, x: &Tensor) -> Result<Tensor, DecoderError> {
+        self.linear_on(Threads::All, role, x)
+    }
+
+    /// [`Self::linear`], on the CPU by the threads given.
+    pub(crate) fn linear_on(&self, threads: Threads, role: Role, x: &Tensor) -> Result<Tensor, DecoderError> {
         let linear = self.linears.get(&role).ok_or_else(|| no_linear(self.spec.index, role))?;
-        ops::linear(x, &linear.weight, linear.bias.as_ref(), self.compute.is_composed())
+        ops::linear_on(threads, x, &linear.weight, linear.bias.as_ref(), self.compute.is_composed())
     }
 
     /// All linears that read `stream`, in order.

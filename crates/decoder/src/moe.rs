@@ -1,6 +1,7 @@
 //! The feed-forward of a block with experts: routing, and each expert on its own rows.
 
 use candle_core::{DType, Tensor};
+use lite_linalg::Threads;
 use rayon::prelude::*;
 
 use crate::{Block, DecoderError, MlpSpec, MoeSpec, Part, Role, RouterSpec, Scoring, Stream, ops, with_cpu_slice};
@@ -163,7 +164,7 @@ impl Block {
     /// # Errors
     /// If the block has no such expert, or `x` does not fit.
     pub fn expert_mid(&self, expert: u32, x: &Tensor) -> Result<Tensor, DecoderError> {
-        self.gated_parts([Role::Expert(expert, Part::Gate), Role::Expert(expert, Part::Up)], x)
+        self.gated_parts(Threads::All, [Role::Expert(expert, Part::Gate), Role::Expert(expert, Part::Up)], x)
     }
 
     /// Down of an expert, not yet weighted.
@@ -182,7 +183,7 @@ impl Block {
         if self.moe_spec()?.shared.is_none() {
             return Ok(None);
         }
-        self.gated_parts([Role::Shared(Part::Gate), Role::Shared(Part::Up)], normed).map(Some)
+        self.gated_parts(Threads::All, [Role::Shared(Part::Gate), Role::Shared(Part::Up)], normed).map(Some)
     }
 
     /// What the shared expert adds to the residual stream.
@@ -198,9 +199,9 @@ impl Block {
         Ok(out.broadcast_mul(&sigmoid(&gate)?)?)
     }
 
-    fn gated_parts(&self, roles: [Role; 2], x: &Tensor) -> Result<Tensor, DecoderError> {
+    fn gated_parts(&self, threads: Threads, roles: [Role; 2], x: &Tensor) -> Result<Tensor, DecoderError> {
         let moe = self.moe_spec()?;
-        let parts = [self.linear(roles[0], x)?, self.linear(roles[1], x)?];
+        let parts = [self.linear_on(threads, roles[0], x)?, self.linear_on(threads, roles[1], x)?];
         let width = parts[0].dim(1)?;
         ops::gated(&parts, width, moe.glu, self.compute().is_composed())
     }
@@ -225,6 +226,8 @@ impl Block {
         }
         let used: Vec<u32> =
             routing.counts(moe.experts).iter().zip(0u32..).filter(|(n, _)| **n > 0).map(|(_, e)| e).collect();
+        // Where an expert is one thread's, nobody waits for a product that is cut in small pieces.
+        let threads = if rayon::current_num_threads() <= TOGETHER { Threads::One } else { Threads::All };
         for some in used.chunks(TOGETHER) {
             let rows: Vec<(Vec<u32>, Vec<f32>)> = some.par_iter().map(|e| routing.rows(*e)).collect();
             let mut inputs = Vec::with_capacity(some.len());
@@ -234,7 +237,7 @@ impl Block {
             let middles: Vec<Tensor> = some
                 .par_iter()
                 .zip(&inputs)
-                .map(|(expert, x)| self.expert_mid(*expert, x))
+                .map(|(e, x)| self.gated_parts(threads, [Role::Expert(*e, Part::Gate), Role::Expert(*e, Part::Up)], x))
                 .collect::<Result<_, DecoderError>>()?;
             let mut seen = Vec::with_capacity(some.len());
             for (expert, middle) in some.iter().zip(middles) {
@@ -246,7 +249,7 @@ impl Block {
             let outs: Vec<Tensor> = some
                 .par_iter()
                 .zip(&seen)
-                .map(|(expert, middle)| self.expert_out(*expert, middle))
+                .map(|(e, middle)| self.linear_on(threads, Role::Expert(*e, Part::Down), middle))
                 .collect::<Result<_, DecoderError>>()?;
             for (out, (rows, weights)) in outs.iter().zip(&rows) {
                 sum.add(out, rows, weights)?;

@@ -34,6 +34,17 @@ pub(crate) fn linear(
     bias: Option<&Tensor>,
     composed: bool,
 ) -> Result<Tensor, DecoderError> {
+    linear_on(Threads::All, x, weight, bias, composed)
+}
+
+/// [`linear`], on the CPU by the threads given: the values are the same.
+pub(crate) fn linear_on(
+    threads: Threads,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    composed: bool,
+) -> Result<Tensor, DecoderError> {
     let ((rows, in_features), (out_features, columns)) = (x.dims2()?, weight.dims2()?);
     if in_features != columns {
         let reason = format!("an input of width {in_features} meets a weight of width {columns}");
@@ -49,7 +60,7 @@ pub(crate) fn linear(
     let mut out = with_cpu_slice(x, |x| {
         with_cpu_slice(weight, |weight| {
             let (x, weight) = (Mat::new(x, rows, in_features), Mat::new(weight, out_features, in_features));
-            gemm(x, weight.t(), Threads::All)
+            gemm(x, weight.t(), threads)
         })
     })??;
     if let Some(bias) = bias {

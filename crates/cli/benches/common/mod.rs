@@ -6,6 +6,10 @@ use std::time::Instant;
 use lite_decoder::{DecoderError, DecoderSpec, WeightSource};
 use lite_linalg::{Mat, Threads, gemm_into};
 
+/// The binary's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Seeded noise instead of a checkpoint.
 pub(crate) struct Noise(BTreeMap<String, Vec<usize>>);
 
