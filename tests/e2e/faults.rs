@@ -172,7 +172,7 @@ fn jobs(dir: &Path, source: &Path) -> Vec<Job> {
     vec![gptq, rtn, over, convert]
 }
 
-/// Checks of a usual run of the test, besides one of each kind of call; `LITE_FAULTS=all` does all of them,
+/// Checks of a usual run of the test, besides one of each kind of call and every removal; `LITE_FAULTS=all` does all of them,
 /// `LITE_FAULTS=once` (`full`, `power`) all of one mode.
 const CHECKS: usize = 36;
 
@@ -185,6 +185,8 @@ fn every_call_that_writes_fails_once() {
     let mut all: Vec<(&Job, &str, usize)> = Vec::new();
     // The first of each kind, and how many there are.
     let mut kinds: BTreeMap<String, (usize, &Job, usize)> = BTreeMap::new();
+    // Where an old checkpoint goes, and where what is published is swept up behind, much is half done.
+    let mut removals: Vec<(&Job, &str, usize)> = Vec::new();
     for job in &jobs {
         let out = dir.path().join(format!("{}-counted", job.name));
         job.prepare(&out);
@@ -193,6 +195,10 @@ fn every_call_that_writes_fails_once() {
         for (i, call) in calls.iter().enumerate() {
             let kind = call.split(' ').next().unwrap_or_default();
             kinds.entry(kind.to_owned()).or_insert((0, job, i + 1)).0 += 1;
+        }
+        if job.name != "auto_gptq" {
+            let removes = calls.iter().enumerate().filter(|(_, call)| call.starts_with("remove "));
+            removals.extend(removes.map(|(i, _)| (job, "once", i + 1)));
         }
         all.extend(sample(&calls).into_iter().flat_map(|at| MODES.map(|mode| (job, mode, at))));
     }
@@ -208,7 +214,7 @@ fn every_call_that_writes_fails_once() {
         all.iter().filter(|(_, mode, _)| *mode == asked).copied().collect()
     } else {
         let even = (0..CHECKS).map(|i| all[i * all.len() / CHECKS]);
-        even.chain(kinds.values().map(|(_, job, at)| (*job, "once", *at))).collect()
+        even.chain(kinds.values().map(|(_, job, at)| (*job, "once", *at))).chain(removals).collect()
     };
     let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {

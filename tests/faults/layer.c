@@ -209,7 +209,12 @@ ssize_t sendfile64(int out, int in, off64_t *from, size_t n) {
 
 ssize_t sendfile(int out, int in, off_t *from, size_t n) { return sendfile64(out, in, from, n); }
 
-int ftruncate64(int fd, off64_t length) { return on_file("size", fd) == GO ? REAL(ftruncate64)(fd, length) : -1; }
+int ftruncate64(int fd, off64_t length) {
+    if (on_file("size", fd) == GO) return REAL(ftruncate64)(fd, length);
+    /* There is no half of a size. */
+    errno = ENOSPC;
+    return -1;
+}
 
 int ftruncate(int fd, off_t length) { return ftruncate64(fd, length); }
 

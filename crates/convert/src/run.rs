@@ -96,6 +96,7 @@ pub fn convert_with(
         overwrite: recipe.overwrite,
         ..lite_job::Recipe::new(recipe.model.clone())
     };
+    WorkDir::finish_published(&recipe.work_dir);
     WorkDir::check_named(&wanted)?;
     let folder = locate_model(&wanted, observer, cancel)?;
     WorkDir::check(&recipe.work_dir, Some(&folder), recipe.overwrite)?;

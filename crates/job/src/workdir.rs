@@ -176,18 +176,23 @@ impl WorkDir {
     pub fn commit(self) -> Result<(), JobError> {
         let staging = self.staging();
         let marker = self.job.join(PUBLISHING);
+        // One that ended in here may have left some of the old files, its config.json gone already.
+        let interrupted = marker.exists();
         File::create(&marker).and_then(|file| file.sync_all()).map_err(JobError::io("create", &marker))?;
         sync_folder(&self.job)?;
         // An old checkpoint stops being one before its files are replaced.
         let old_config = self.root.join("config.json");
-        if old_config.exists() {
+        let replaces = old_config.exists();
+        if replaces {
             remove(&old_config)?;
+        }
+        if replaces || interrupted {
             for name in entries(&self.root)? {
                 if name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") {
                     remove(&self.root.join(name))?;
                 }
             }
-            self.remove_documents()?;
+            self.remove_documents(interrupted)?;
         }
         let mut names = entries(&staging)?;
         names.sort_by_key(|name| (name == "config.json", name.clone()));
@@ -207,17 +212,19 @@ impl WorkDir {
         remove_published(&self.job)
     }
 
-    /// Removes what an earlier run told of the checkpoint that is being replaced, if one did.
-    fn remove_documents(&self) -> Result<(), JobError> {
+    /// Removes what an earlier run told of the checkpoint that is being replaced, if one did; what tells so goes last, so
+    /// that one of them is there where this was interrupted.
+    fn remove_documents(&self, interrupted: bool) -> Result<(), JobError> {
         let there = |name: &&str| self.root.join(name).is_file();
-        if !DOCUMENTS[..2].iter().all(there) {
+        let mut telling = DOCUMENTS[..2].iter();
+        if !(if interrupted { telling.any(|name| there(&name)) } else { telling.all(|name| there(&name)) }) {
             return Ok(());
         }
-        DOCUMENTS.iter().filter(|name| there(name)).try_for_each(|name| remove(&self.root.join(name)))
+        DOCUMENTS.iter().rev().filter(|name| there(name)).try_for_each(|name| remove(&self.root.join(name)))
     }
 
     /// Removes what a run left in `root` that died after it had published everything. Best effort: it is in nobody's way.
-    pub(crate) fn finish_published(root: &Path) {
+    pub fn finish_published(root: &Path) {
         let job = root.join(JOB_FOLDER);
         let bare = || entries(&job).is_ok_and(|names| names.iter().all(|name| name == "lock"));
         if root.join("config.json").exists()

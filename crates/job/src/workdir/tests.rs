@@ -64,3 +64,33 @@ fn commit_publishes_and_abandon_leaves_nothing() {
     assert_eq!(entries(&root).unwrap(), ["config.json", LOG_FILE, "model.safetensors", "notes.txt"]);
     assert_eq!(fs::read_to_string(root.join("model.safetensors")).unwrap(), "newer");
 }
+
+#[test]
+fn an_old_checkpoint_that_was_half_removed_is_removed_by_the_next_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("out");
+    let write = |name: &str, text: &str| fs::write(root.join(name), text).unwrap();
+    // Its config.json is gone, and so is the first of its documents.
+    fs::create_dir_all(root.join(JOB_FOLDER)).unwrap();
+    write(".lite/publishing", "");
+    for name in ["model-00002-of-00002.safetensors", "model.safetensors.index.json", "report.json", "README.base.md"] {
+        write(name, "of the old one");
+    }
+    write("notes.txt", "mine");
+    let (work, remains) = WorkDir::open(&root, None, false).unwrap();
+    assert!(remains);
+    fs::write(work.staging().join("config.json"), "{}").unwrap();
+    fs::write(work.staging().join("model.safetensors"), "new").unwrap();
+    work.commit().unwrap();
+    assert_eq!(entries(&root).unwrap(), ["config.json", "model.safetensors", "notes.txt"]);
+
+    // Of a checkpoint without a report the README is its owner's.
+    fs::remove_file(root.join("config.json")).unwrap();
+    fs::create_dir_all(root.join(JOB_FOLDER)).unwrap();
+    write(".lite/publishing", "");
+    write("README.md", "mine");
+    let (work, _) = WorkDir::open(&root, None, false).unwrap();
+    fs::write(work.staging().join("config.json"), "{}").unwrap();
+    work.commit().unwrap();
+    assert_eq!(entries(&root).unwrap(), ["README.md", "config.json", "notes.txt"]);
+}
