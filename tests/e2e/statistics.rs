@@ -132,6 +132,76 @@ fn block_0_is_that_of_a_run_on_the_same_windows() {
     }
 }
 
+/// Jobs of one model: the first gathers, all others read; whatever comes of them is what `lite calibrate` and `--stats`
+/// give.
+#[test]
+fn jobs_of_one_model_share_what_the_first_gathers() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let stats = gathered(dir.path());
+    let shared = at("shared");
+    let batch = format!(
+        "defaults:\n  model: {}\n  calibration: {{dataset: builtin, samples: 6, seqlen: 64, statistics: {}, gather: true}}\n  \
+         eval: {{samples: 0}}\njobs:\n- name: awq\n  stages: [awq: {{}}]\n  save: {{path: {}}}\n- name: gptq\n  stages: \
+         [gptq: {{}}]\n  save: {{path: {}}}\n",
+        model().display(),
+        shared.display(),
+        at("awq").display(),
+        at("gptq").display()
+    );
+    std::fs::write(at("batch.yaml"), batch).unwrap();
+    let run = |arguments: &[&str]| lite().args(arguments).arg(at("batch.yaml")).output().unwrap();
+    // The plan knows what is not there yet, and promises nothing about it.
+    let (stdout, _) = ok(&run(&["plan"]));
+    assert_eq!(stdout.matches("statistics are gathered in").count(), 2, "{stdout}");
+    let output =
+        lite().args(["plan", "--only", "0", "--out"]).arg(at("p.json")).arg(at("batch.yaml")).output().unwrap();
+    assert_eq!(output.status.code(), Some(8), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(!shared.exists() && !at("p.json").exists());
+
+    let (stdout, stderr) = ok(&run(&["run"]));
+    assert_eq!(stderr.matches("statistics gathered in").count(), 1, "{stderr}");
+    assert!(!stdout.contains("with --stats"), "{stdout}");
+    assert_eq!(files(&shared), files(&stats));
+    for (verb, name) in [("auto_awq", "awq"), ("auto_gptq", "gptq")] {
+        let wanted = at(&format!("{name}-wanted"));
+        ok(&lite_on(verb, &model(), &wanted, &["--stats", stats.to_str().unwrap(), "--eval-samples", "0"]));
+        assert_eq!(tensors(&at(name)), tensors(&wanted), "{name}");
+    }
+    // The flags of a verb say the same, here to statistics that are there.
+    let flags = ["--stats", shared.to_str().unwrap(), "--gather", "--eval-samples", "0"];
+    let (_, stderr) = ok(&lite_on("auto_awq", &model(), &at("flags"), &flags));
+    assert!(!stderr.contains("gathered in"), "{stderr}");
+    assert_eq!(tensors(&at("flags")), tensors(&at("awq")));
+}
+
+/// Gathering may take hours: what would stop the job afterwards stops it before.
+#[test]
+fn nothing_is_gathered_for_a_job_that_cannot_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stats, out) = (dir.path().join("stats"), dir.path().join("out"));
+    let run = |flags: &[&str]| {
+        let flags = [&TEXT[..], &["--stats", stats.to_str().unwrap(), "--gather"], flags].concat();
+        lite_on("auto_awq", &model(), &out, &flags)
+    };
+    refused(&run(&["--w-group-size", "96"]), &out, 2, &["96"], "a group size that is none");
+    refused(&run(&["--max-memory", "1MB"]), &out, 5, &["memory"], "a budget that is too small");
+    let same = lite_on("auto_awq", &model(), &stats, &["--stats", stats.to_str().unwrap(), "--gather"]);
+    refused(&same, &stats, 2, &["--work-dir"], "one folder for both");
+    refused(&lite_on("auto_awq", &model(), &out, &["--gather"]), &out, 2, &["--stats"], "no folder");
+    assert!(!stats.exists());
+    // Statistics of other text are not gathered anew.
+    ok(&run(&["--eval-samples", "0"]));
+    let again = dir.path().join("again");
+    let output = lite_on(
+        "auto_awq",
+        &model(),
+        &again,
+        &["--stats", stats.to_str().unwrap(), "--gather", "--calib-samples", "7"],
+    );
+    refused(&output, &again, 8, &["--calib-samples 7"], "other windows");
+}
+
 #[test]
 fn gptq_says_that_error_aware_targets_are_off() {
     let dir = tempfile::tempdir().unwrap();

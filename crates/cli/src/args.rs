@@ -335,6 +335,10 @@ pub(crate) struct StatsArgs {
     /// must be those the statistics were made with
     #[arg(long, value_name = "DIR")]
     pub(crate) stats: Option<PathBuf>,
+
+    /// With --stats: gather them first if that folder does not have them, for this run and all later ones
+    #[arg(long, requires = "stats")]
+    pub(crate) gather: bool,
 }
 
 #[derive(Debug, Args)]

@@ -51,9 +51,10 @@ pub use ops::with_cpu_slice;
 pub use rope::{Rope, RopeTables};
 pub use source::{CheckpointSource, WeightSource};
 pub use spec::{
-    Activation, Architecture, ArchitectureError, AttnSpec, BlockNorms, BlockSpec, DecoderSpec, EmbedSpec, FAMILIES,
-    FamilyInfo, Fold, GateUpLayout, GatedSpec, Glu, GqaSpec, HeadSpec, InputId, LATENT_ATTENTION, LatentSpec, MlaSpec,
-    MlpSpec, MoeSpec, NormKind, NormSpec, Part, PlainSpec, Producer, QkvLayout, Role, RopePairing, RopeScaling,
-    RopeSpec, RouterSpec, Scoring, SharedSpec, Site, SiteId, Stream, TensorNeed, WRAPPERS, WrapperInfo, definition,
+    Activation, Architecture, ArchitectureError, AttnSpec, BATCH_TOKENS, BlockNorms, BlockSpec, DecoderSpec, EmbedSpec,
+    FAMILIES, FamilyInfo, Fold, GateUpLayout, GatedSpec, Glu, GqaSpec, HeadSpec, InputId, LATENT_ATTENTION, LatentSpec,
+    MlaSpec, MlpSpec, MoeSpec, NormKind, NormSpec, Part, PlainSpec, Producer, QkvLayout, Role, RopePairing,
+    RopeScaling, RopeSpec, RouterSpec, Scoring, SharedSpec, Site, SiteId, Stream, TensorNeed, WRAPPERS, WrapperInfo,
+    definition,
 };
 pub use tap::{NoTap, Tap};

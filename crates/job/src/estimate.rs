@@ -2,13 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use lite_decoder::{BlockSpec, Role};
+use lite_decoder::{BATCH_TOKENS, BlockSpec, Role};
 use lite_quant::WeightScheme;
 use lite_stats::StatsTap;
 
 use crate::batches::IN_FLIGHT;
 use crate::layer::SEARCHED_ROWS;
-use crate::limits::BATCH_TOKENS;
 use crate::{QuantSite, Rounding, Solver};
 
 /// Memory of a run, bytes. The peak does not depend on the number of blocks.
@@ -178,6 +177,9 @@ impl Costs<'_> {
         let tokens = |windows: usize, seqlen: usize| windows as u64 * seqlen as u64;
         let passes = if self.budget { PASSES_WITHIN_BUDGET } else { PASSES };
         let per_token = self.activation_values() * 4;
+        let experts = self.blocks.iter().any(|b| b.moe().is_some());
+        // Rows of experts differ in number, so that buffers which were freed seldom fit again.
+        let per_pass = per_token * if experts { 2 } else { 1 };
         let check_tokens = tokens(self.eval_windows, self.eval_seqlen);
         let check = if self.blocks.is_empty() || check_tokens == 0 {
             0
@@ -186,7 +188,7 @@ impl Costs<'_> {
                 + largest * 5
                 // Both streams, and the batches at work on them.
                 + check_tokens * self.hidden as u64 * 10
-                + self.check_batch().min(check_tokens) * per_token
+                + self.check_batch().min(check_tokens) * per_pass
                 + if calibrated { 0 } else { passes }
         };
         let solves = self.solver.rounding != Rounding::Nearest;
@@ -195,7 +197,6 @@ impl Costs<'_> {
         // Two streams, and what each keeps between attention and o.
         let heads =
             self.blocks.iter().flat_map(|b| b.site(lite_decoder::Role::O)).map(|s| s.in_features).max().unwrap_or(0);
-        let experts = self.blocks.iter().any(|b| b.moe().is_some());
         // With experts a stream also keeps what its router sees.
         let stores = match (self.solver.error_aware, self.solver.tune) {
             (false, _) if experts && !self.at_once => 2 * self.hidden,
@@ -237,10 +238,7 @@ impl Costs<'_> {
             hidden: tokens(self.windows, self.seqlen) * stores * 4,
             middle,
             spooled: false,
-            // Rows of experts differ in number, so that buffers which were freed seldom fit again.
-            activations: tokens((self.batch * in_flight).min(self.windows), self.seqlen)
-                * per_token
-                * if experts && self.budget { 2 } else { 1 },
+            activations: tokens((self.batch * in_flight).min(self.windows), self.seqlen) * per_pass,
             solve,
             tune,
             check,

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::estimate::{Costs, MemoryEstimate};
 use crate::hidden::HiddenStates;
 use crate::limits::{batch_size, calibration_shape, device, fit_disk, fit_memory};
-use crate::plan::{known_decoder, refuse_quantized};
+use crate::plan::{known_decoder, prepare, refuse_quantized};
 use crate::rows::{architecture, described_architecture, plain_dtype};
 use crate::run::LayerClock;
 use crate::source::ModelSource;
@@ -80,6 +80,7 @@ pub struct StatisticsReport {
 /// See [`JobError`]; on any error the work directory holds no statistics of this run.
 pub fn calibrate(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) -> Result<StatisticsReport, JobError> {
     let start = Instant::now();
+    WorkDir::finish_published(&recipe.work_dir);
     WorkDir::check(&recipe.work_dir, None, recipe.overwrite)?;
     let model = locate_model(recipe, observer, cancel)?;
     let checkpoint = Checkpoint::open(&model)?;
@@ -123,6 +124,28 @@ pub fn calibrate(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) 
         text_digest: windows.digest,
         seconds: start.elapsed().as_secs_f64(),
     })
+}
+
+/// Gathers the statistics that `recipe` is to use and that are not there yet, in the folder it names, as [`calibrate`]
+/// does. Everything that would stop the job afterwards is looked at first.
+///
+/// # Errors
+/// As [`calibrate`], and those of planning the job.
+pub fn gather_statistics(
+    recipe: &Recipe,
+    observer: &dyn Observer,
+    cancel: &AtomicBool,
+) -> Result<Option<StatisticsReport>, JobError> {
+    let Some(wanted) = recipe.stats.as_ref().filter(|wanted| wanted.awaited()) else { return Ok(None) };
+    WorkDir::finish_published(&recipe.work_dir);
+    WorkDir::check_named(recipe)?;
+    let model = locate_model(recipe, observer, cancel)?;
+    prepare(recipe, &Checkpoint::open(&model)?)?;
+    let gathering = Recipe { work_dir: wanted.folder.clone(), overwrite: false, stats: None, ..recipe.clone() };
+    let report = calibrate(&gathering, observer, cancel)?;
+    let told = format!("statistics gathered in `{}`, for this job and all that name it", report.output.display());
+    observer.event(Event::Note(&told));
+    Ok(Some(report))
 }
 
 /// What the user is told before the run begins.

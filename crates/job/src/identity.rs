@@ -12,6 +12,7 @@ use lite_calib::Windows;
 use lite_model::Checkpoint;
 use sha2::{Digest, Sha256};
 
+use crate::run::awaits_nothing;
 use crate::texts::{TextCache, Texts};
 use crate::{JobError, Observer, Plan, Recipe};
 
@@ -123,6 +124,7 @@ pub fn planned_identity(
     observer: &dyn Observer,
     cancel: &AtomicBool,
 ) -> Result<BTreeMap<String, String>, JobError> {
+    awaits_nothing(recipe)?;
     let texts = Texts::load(recipe, plan, cache, observer, cancel)?;
     identity(recipe, plan, checkpoint, texts.calibration.as_ref())
 }

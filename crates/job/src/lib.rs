@@ -62,7 +62,7 @@ pub use documents::{Documents, Finished, kept_name, set_aside, write_document};
 pub use error::{ErrorKind, JobError};
 pub use estimate::{MemoryEstimate, Work};
 pub use events::{Event, Observer, Silent};
-pub use gather::{StatisticsPlan, StatisticsReport, calibrate};
+pub use gather::{StatisticsPlan, StatisticsReport, calibrate, gather_statistics};
 pub use identity::{planned_identity, same_identity};
 pub use journal::{RecordedCommand, recorded_command};
 pub use locate::{HubFetcher, locate_model};

@@ -3,15 +3,12 @@
 use std::path::Path;
 
 use candle_core::Device;
-use lite_decoder::{AttnSpec, DecoderSpec, LATENT_ATTENTION};
+use lite_decoder::{AttnSpec, BATCH_TOKENS, DecoderSpec, LATENT_ATTENTION};
 use lite_model::printable;
 use lite_quant::WeightScheme;
 
 use crate::schemes::{is_static, words};
 use crate::{JobError, MemoryEstimate, Method, QuantSite, Recipe, Rounding, SmoothScales};
-
-/// Tokens of a default batch.
-pub(crate) const BATCH_TOKENS: usize = 1536;
 
 /// Longest window of the final check, unless asked for.
 const CHECK_SEQLEN: usize = 512;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use lite_decoder::{DecoderError, DecoderSpec, Fold};
+use lite_decoder::{BATCH_TOKENS, DecoderError, DecoderSpec, Fold};
 use lite_model::{Checkpoint, Dtype, OutputTensor, printable};
 use lite_pack::targets::{Severity, Target, Verdict, check, engines_for};
 use lite_pack::{ConfigFacts, KvCacheScheme, Layout};
@@ -12,8 +12,8 @@ use lite_runtime::FloatSource;
 
 use crate::estimate::Costs;
 use crate::limits::{
-    BATCH_TOKENS, batch_size, calibration_shape, check_attention, check_groups, check_schemes, check_shape,
-    check_solver, device, fit_disk, fit_memory,
+    batch_size, calibration_shape, check_attention, check_groups, check_schemes, check_shape, check_solver, device,
+    fit_disk, fit_memory,
 };
 use crate::rows::{
     architecture, check_described, check_towers, choose_layout, described_architecture, exact_folds, ignored_linears,
@@ -21,7 +21,7 @@ use crate::rows::{
 };
 use crate::schemes::{common, layout_scale_dtype, needs_windows};
 use crate::source::{holds_float_codes, stored_embedding};
-use crate::statistics::Statistics;
+use crate::statistics::{Statistics, to_be_gathered};
 use crate::tensors::{guess_sites, sites_of};
 use crate::workdir::WorkDir;
 use crate::{Action, ExpertSettings, JobError, MemoryEstimate, Method, QuantSite, Recipe, Solver, TensorPlan, Work};
@@ -117,7 +117,8 @@ impl Plan {
     }
 }
 
-/// Checks a recipe against a model and plans the run.
+/// Checks a recipe against a model and plans the run. Where statistics are yet to be gathered
+/// ([`StatsSource::awaited`](crate::StatsSource::awaited)), the plan is that of a run that has them.
 ///
 /// # Errors
 /// Everything that can be known from `config.json` and the file headers: unknown decoders, tensors
@@ -125,12 +126,15 @@ impl Plan {
 /// refuse the result, too little disk or memory.
 pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobError> {
     let Some(wanted) = &recipe.stats else { return plan(recipe, checkpoint) };
-    let statistics = Statistics::open(&wanted.folder)?;
+    let statistics = if wanted.awaited() { None } else { Some(Statistics::open(&wanted.folder)?) };
     let spec = known_decoder(checkpoint).ok();
-    statistics.check_model(checkpoint, &described_architecture(checkpoint.config(), spec.as_ref()))?;
-    statistics.check_wanted(wanted)?;
-    let same = |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
-    if same(&wanted.folder, &recipe.work_dir) {
+    if let Some(statistics) = &statistics {
+        statistics.check_model(checkpoint, &described_architecture(checkpoint.config(), spec.as_ref()))?;
+        statistics.check_wanted(wanted)?;
+    }
+    // Neither may be there yet.
+    let place = |path: &Path| path.canonicalize().or_else(|_| std::path::absolute(path)).ok();
+    if place(&wanted.folder) == place(&recipe.work_dir) {
         return Err(JobError::Usage(format!(
             "the work directory `{}` is the folder of the statistics; choose another --work-dir",
             recipe.work_dir.display()
@@ -142,13 +146,16 @@ pub fn prepare(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Plan, JobErro
                 .to_owned(),
         ));
     }
-    let (recipe, notes) = statistics.adapt(recipe);
+    let (recipe, notes) = match &statistics {
+        Some(statistics) => statistics.adapt(recipe),
+        None => to_be_gathered(recipe, &wanted.folder),
+    };
     let mut plan = plan(&recipe, checkpoint)?;
-    if let Some(spec) = &plan.spec {
+    if let (Some(spec), Some(statistics)) = (&plan.spec, &statistics) {
         statistics.check_tensors(spec)?;
     }
     plan.notes.extend(notes);
-    plan.statistics = Some(statistics);
+    plan.statistics = statistics;
     Ok(plan)
 }
 

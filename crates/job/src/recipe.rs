@@ -282,6 +282,9 @@ pub struct CalibSettings {
 pub struct StatsSource {
     /// Their folder.
     pub folder: PathBuf,
+    /// Gather them first where that folder does not have them ([`crate::gather_statistics`]): so jobs of one model share
+    /// them, whichever comes first.
+    pub gather: bool,
     /// The text they must come from, if the user said: name or path.
     pub dataset: Option<String>,
     /// The number of windows they must come from, if the user said.
@@ -290,6 +293,13 @@ pub struct StatsSource {
     pub seqlen: Option<i64>,
     /// The seed they must come from, if the user said.
     pub seed: Option<u64>,
+}
+
+impl StatsSource {
+    /// Whether they are yet to be gathered.
+    pub fn awaited(&self) -> bool {
+        self.gather && !self.folder.join("config.json").exists()
+    }
 }
 
 /// Text of the final check.

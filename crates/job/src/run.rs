@@ -59,6 +59,20 @@ pub fn run(recipe: &Recipe, observer: &dyn Observer, cancel: &AtomicBool) -> Res
     run_with(recipe, observer, &|_| Ok(Vec::new()), cancel)
 }
 
+/// Refuses a job whose statistics are yet to be gathered.
+///
+/// # Errors
+/// [`JobError::State`], saying how.
+pub(crate) fn awaits_nothing(recipe: &Recipe) -> Result<(), JobError> {
+    match &recipe.stats {
+        Some(stats) if stats.awaited() => Err(JobError::State(format!(
+            "the statistics in `{0}` are not gathered yet; run the job without --plan, or `lite calibrate MODEL --work-dir {0}` first",
+            stats.folder.display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// Plans, runs, checks and publishes.
 ///
 /// `cancel` is looked at between batches; once set, the run ends with [`JobError::Interrupted`] and
@@ -92,6 +106,7 @@ pub fn run_sharing(
     let model = locate_model(recipe, observer, cancel)?;
     let checkpoint = Checkpoint::open(&model)?;
     let plan = prepare(recipe, &checkpoint)?;
+    awaits_nothing(recipe)?;
     for warning in &plan.warnings {
         observer.event(Event::Warning(warning));
     }

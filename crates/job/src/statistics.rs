@@ -216,21 +216,11 @@ impl Statistics {
         adapted.calib.seqlen = Some(i64::try_from(self.facts.seqlen).unwrap_or(i64::MAX));
         adapted.calib.seed = self.facts.seed;
         let mut notes = vec![format!(
-            "statistics in `{}` stand for the calibration windows ({}); they are the float model's, so later blocks do not see the errors of earlier ones",
+            "statistics in `{}` stand for the calibration windows ({}); {FLOAT}",
             self.folder.display(),
             printable(&self.facts.calibration)
         )];
-        for (asked, name) in [
-            (
-                &mut adapted.solver.error_aware,
-                "error-aware targets are off: they need forward passes of the quantized model",
-            ),
-            (&mut adapted.solver.tune, "block tuning is off: it needs forward passes of the quantized model"),
-        ] {
-            if std::mem::take(asked) {
-                notes.push(format!("with --stats, {name}"));
-            }
-        }
+        leave_out(&mut adapted, &mut notes);
         (adapted, notes)
     }
 
@@ -288,6 +278,35 @@ impl Statistics {
             self.folder.display(),
             printable(recorded)
         ))
+    }
+}
+
+/// What statistics made once cannot know.
+const FLOAT: &str = "they are the float model's, so later blocks do not see the errors of earlier ones";
+
+/// [`Statistics::adapt`] before they are gathered.
+pub(crate) fn to_be_gathered(recipe: &Recipe, folder: &Path) -> (Recipe, Vec<String>) {
+    let mut adapted = recipe.clone();
+    let mut notes = vec![format!(
+        "statistics are gathered in `{}` first, once for all jobs that name it, and stand for the calibration windows; {FLOAT}",
+        folder.display()
+    )];
+    leave_out(&mut adapted, &mut notes);
+    (adapted, notes)
+}
+
+/// Takes what needs forward passes of the quantized model out of `recipe`, and says so.
+fn leave_out(recipe: &mut Recipe, notes: &mut Vec<String>) {
+    for (asked, name) in [
+        (
+            &mut recipe.solver.error_aware,
+            "error-aware targets are off: they need forward passes of the quantized model",
+        ),
+        (&mut recipe.solver.tune, "block tuning is off: it needs forward passes of the quantized model"),
+    ] {
+        if std::mem::take(asked) {
+            notes.push(format!("with --stats, {name}"));
+        }
     }
 }
 

@@ -276,6 +276,10 @@ pub(crate) struct Calibration {
     /// those the statistics were made with
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) statistics: Option<String>,
+    /// Gather the statistics first where that folder does not have them, so that jobs of one model share them
+    /// [default: false]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) gather: Option<bool>,
 }
 
 /// The final comparison with the original.

@@ -257,6 +257,10 @@ fn calibration(recipe: &mut Recipe, found: &Calibration, tree: &Node, if_needed:
         return Err(Fault::value(tree.place("calibration.samples"), message));
     }
     recipe.stats = match &found.statistics {
+        None if found.gather == Some(true) => {
+            let message = "wanted `statistics` beside it: the folder to gather them in";
+            return Err(Fault::value(tree.place("calibration.gather"), message));
+        }
         None => None,
         Some(_) if found.samples == Some(0) => {
             let message =
@@ -265,6 +269,7 @@ fn calibration(recipe: &mut Recipe, found: &Calibration, tree: &Node, if_needed:
         }
         Some(folder) => Some(StatsSource {
             folder: PathBuf::from(folder),
+            gather: found.gather == Some(true),
             dataset: found.dataset.clone(),
             samples: found.samples,
             seqlen: found.seqlen,

@@ -145,6 +145,7 @@ fn calibration(recipe: &Recipe) -> Calibration {
             seed: stats.seed,
             batch_size: recipe.batch_size,
             statistics: Some(stats.folder.to_string_lossy().into_owned()),
+            gather: stats.gather.then_some(true),
         },
         None => Calibration {
             dataset: found.dataset.clone(),
@@ -153,6 +154,7 @@ fn calibration(recipe: &Recipe) -> Calibration {
             seed: Some(found.seed),
             batch_size: recipe.batch_size,
             statistics: None,
+            gather: None,
         },
     }
 }

@@ -1,8 +1,9 @@
 //! `lite calibrate`.
 
 use std::io::Write;
+use std::sync::atomic::AtomicBool;
 
-use lite_job::Recipe;
+use lite_job::{JobError, Observer, Recipe, StatsSource};
 
 use crate::args::{CalibrateArgs, Format};
 use crate::log::RunLog;
@@ -24,12 +25,7 @@ pub(crate) fn run(args: &CalibrateArgs, format: Format) -> anyhow::Result<()> {
         max_memory: args.resources.max_memory,
         ..Recipe::new(args.model.clone())
     };
-    let cancel = super::cancel_flag()?;
-    let progress = Progress::new(format);
-    let log = RunLog::new(&progress);
-    crate::allocator::keep_within_budget(recipe.max_memory.is_some());
-    let report = lite_job::calibrate(&recipe, &log, &cancel).inspect_err(|error| log.failed(error))?;
-    drop(progress);
+    let report = observed(&recipe, format, lite_job::calibrate)?;
     let mut stdout = std::io::stdout().lock();
     match format {
         Format::Json => writeln!(stdout, "{}", output::statistics_json(&report))?,
@@ -37,4 +33,25 @@ pub(crate) fn run(args: &CalibrateArgs, format: Format) -> anyhow::Result<()> {
         Format::Auto | Format::Human => output::statistics(&mut stdout, &report)?,
     }
     Ok(())
+}
+
+/// Gathers the statistics that a job shares with others, if it is the first of them. They are told of on the way, for the
+/// result is the job's.
+pub(crate) fn awaited(recipe: &Recipe, format: Format) -> anyhow::Result<()> {
+    if recipe.stats.as_ref().is_some_and(StatsSource::awaited) {
+        observed(recipe, format, lite_job::gather_statistics)?;
+    }
+    Ok(())
+}
+
+fn observed<R>(
+    recipe: &Recipe,
+    format: Format,
+    work: impl FnOnce(&Recipe, &dyn Observer, &AtomicBool) -> Result<R, JobError>,
+) -> anyhow::Result<R> {
+    let cancel = super::cancel_flag()?;
+    let progress = Progress::new(format);
+    let log = RunLog::new(&progress);
+    crate::allocator::keep_within_budget(recipe.max_memory.is_some());
+    Ok(work(recipe, &log, &cancel).inspect_err(|error| log.failed(error))?)
 }

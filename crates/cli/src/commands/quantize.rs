@@ -32,6 +32,7 @@ pub(crate) fn perform(
     format: Format,
 ) -> anyhow::Result<RunReport> {
     let cancel = super::cancel_flag()?;
+    super::calibrate::awaited(recipe, format)?;
     let progress = Progress::new(format);
     let log = RunLog::new(&progress);
     let documents = |finished: &Finished<'_>| report.documents(recipe, finished, &log, &cancel);
@@ -130,6 +131,7 @@ fn stats(args: &QuantizeArgs) -> Result<Option<StatsSource>, JobError> {
     }
     Ok(Some(StatsSource {
         folder: folder.clone(),
+        gather: args.stats.gather,
         dataset: args.calib.calib_dataset.clone(),
         samples: args.calib.calib_samples,
         seqlen: args.calib.calib_seqlen,

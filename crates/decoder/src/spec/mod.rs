@@ -64,6 +64,9 @@ pub struct DecoderSpec {
     pub mtp_layers: usize,
 }
 
+/// Tokens of a usual batch: enough for products to be fast, few enough for little memory.
+pub const BATCH_TOKENS: usize = 1536;
+
 impl DecoderSpec {
     /// All linears inside blocks, in order of execution.
     pub fn sites(&self) -> impl Iterator<Item = &Site> {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lite_decoder::{Compute, DecoderError};
+use lite_decoder::{BATCH_TOKENS, Compute, DecoderError};
 
 use super::Estimate;
 use crate::RuntimeError;
@@ -17,9 +17,6 @@ pub struct Request {
     /// Its token ids.
     pub continuation: Vec<u32>,
 }
-
-/// Tokens per forward pass.
-const BATCH_TOKENS: usize = 1536;
 
 /// One distinct input, and what is asked of it.
 struct Row {

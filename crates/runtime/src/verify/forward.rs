@@ -1,6 +1,6 @@
 //! Both models on held-out text, block by block.
 
-use lite_decoder::{Compute, DecoderError, WeightSource};
+use lite_decoder::{BATCH_TOKENS, Compute, DecoderError, WeightSource};
 use lite_quant::ActivationFormat;
 use lite_quant::floats::FloatFormat;
 
@@ -11,9 +11,6 @@ use super::{Judged, VerifyOptions};
 use crate::compare::{CompareProgress, compare_subjects};
 use crate::eval::EvalModel;
 use crate::{Comparison, Engine, QuantizedCheckpoint, QuantizedSource, RuntimeError, Subject};
-
-/// Tokens per forward pass.
-const BATCH_TOKENS: usize = 1536;
 
 /// Findings that keep both models from being run side by side.
 const STRUCTURE: [&str; 8] = [

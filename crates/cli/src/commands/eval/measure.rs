@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use lite_calib::{CalibError, EvalText, ModelTokenizer, Task, TaskName, Windows, eval_text, load_task};
-use lite_decoder::{Compute, KvTransform};
+use lite_decoder::{BATCH_TOKENS, Compute, KvTransform};
 use lite_job::{CalibSettings, Event, HubFetcher, JobError, Observer, Recipe};
 use lite_runtime::eval::{
     Canary, EvalModel, EvalSource, Request, ScoredItem, canaries, flips, log_likelihoods, perplexity, score_items,
@@ -19,8 +19,6 @@ use crate::memory::available;
 use crate::output::size;
 use crate::progress::Progress;
 
-/// Tokens per forward pass.
-const BATCH_TOKENS: usize = 1536;
 /// Hidden states of tasks held at a time, where no budget is given.
 const TASK_HIDDEN: u64 = 4 << 30;
 
