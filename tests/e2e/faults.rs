@@ -173,7 +173,7 @@ fn jobs(dir: &Path, source: &Path) -> Vec<Job> {
 }
 
 /// Checks of a usual run of the test, besides one of each kind of call and every removal; `LITE_FAULTS=all` does all of them,
-/// `LITE_FAULTS=once` (`full`, `power`) all of one mode.
+/// `LITE_FAULTS=once` (`full`, `power`) all of one mode, `LITE_FAULTS=convert` all of one job.
 const CHECKS: usize = 36;
 
 #[test]
@@ -210,8 +210,8 @@ fn every_call_that_writes_fails_once() {
     let asked = std::env::var("LITE_FAULTS").unwrap_or_default();
     let checks: Vec<(&Job, &str, usize)> = if asked == "all" {
         all.clone()
-    } else if MODES.contains(&asked.as_str()) {
-        all.iter().filter(|(_, mode, _)| *mode == asked).copied().collect()
+    } else if MODES.contains(&asked.as_str()) || jobs.iter().any(|job| job.name == asked) {
+        all.iter().filter(|(job, mode, _)| *mode == asked || job.name == asked).copied().collect()
     } else {
         let even = (0..CHECKS).map(|i| all[i * all.len() / CHECKS]);
         even.chain(kinds.values().map(|(_, job, at)| (*job, "once", *at))).chain(removals).collect()
