@@ -80,15 +80,17 @@ impl Grid {
         pair.n.div_ceil(self.tall)
     }
 
+    /// `wanted`, what is beyond the range taken for its end; and the step; `None` where that is not a positive number.
+    fn within(&self, cell: usize, wanted: f32) -> Option<(f32, f32)> {
+        let (step, low, high) = *self.cells.get(cell)?;
+        // NaN fails.
+        (step > 0.0 && step.is_finite()).then(|| (wanted.max(low).min(high), step))
+    }
+
     /// Error in steps of `ours` against `wanted`, what is beyond the range taken for its end; `None` where the step is
     /// not a positive number.
     fn error(&self, cell: usize, ours: f32, wanted: f32) -> Option<f32> {
-        let (step, low, high) = *self.cells.get(cell)?;
-        // NaN fails.
-        if !(step > 0.0 && step.is_finite()) {
-            return None;
-        }
-        let wanted = wanted.max(low).min(high);
+        let (wanted, step) = self.within(cell, wanted)?;
         let step = self.relative.map_or(step, |relative| step.max(wanted.abs() * relative));
         Some((ours - wanted) / step)
     }
@@ -103,6 +105,9 @@ impl Grid {
 struct Sums {
     dot: f64,
     theirs: f64,
+    /// Those two against the values that the range leaves: a range may be chosen to cut some off.
+    inner_dot: f64,
+    inner: f64,
     ours: f64,
     difference: f64,
     steps: f64,
@@ -116,6 +121,8 @@ impl Sums {
     fn add(&mut self, other: &Self) {
         self.dot += other.dot;
         self.theirs += other.theirs;
+        self.inner_dot += other.inner_dot;
+        self.inner += other.inner;
         self.ours += other.ours;
         self.difference += other.difference;
         self.steps += other.steps;
@@ -158,6 +165,9 @@ impl Summary {
                     let (x, y) = (f64::from(*a), f64::from(b));
                     cell.dot += x * y;
                     cell.theirs += y * y;
+                    let inner = grid.within(grid.cell(row, j), b).map_or(y, |(inner, _)| f64::from(inner));
+                    cell.inner_dot += x * inner;
+                    cell.inner += inner * inner;
                     cell.ours += x * x;
                     cell.difference += (x - y) * (x - y);
                     if let Some(error) = grid.error(grid.cell(row, j), *a, b) {
@@ -224,10 +234,10 @@ impl Summary {
             .cells
             .iter()
             .enumerate()
-            .filter(|(_, cell)| cell.theirs > 0.0)
+            .filter(|(_, cell)| cell.inner > 0.0)
             // The factor is least squares over the group: rounding alone moves it by step / norm. Eight times that is
             // taken for nothing.
-            .map(|(at, cell)| (at, cell.dot / cell.theirs, 8.0 * self.steps * cell.step / cell.theirs.sqrt()))
+            .map(|(at, cell)| (at, cell.inner_dot / cell.inner, 8.0 * self.steps * cell.step / cell.inner.sqrt()))
             .map(|(at, ratio, noise)| (at, 1.0 + (ratio - 1.0).signum() * ((ratio - 1.0).abs() - noise).max(0.0)))
             .collect();
         let (count, worst, at) = far(&ratios, 10.0, least)?;
@@ -246,6 +256,11 @@ impl Summary {
     }
 }
 
+/// Error in steps from which on a code is far off; `usual` is the root mean square error.
+pub(super) fn outlier_limit(usual: f64) -> f64 {
+    (12.0 * usual).max(4.0)
+}
+
 /// Codes that are far off: how many, the worst error in steps, and its row and column. `usual` is the root mean square
 /// error in steps.
 pub(super) fn outliers(
@@ -256,7 +271,7 @@ pub(super) fn outliers(
     usual: f64,
 ) -> Option<(usize, f64, (usize, usize))> {
     let k = grid.k.max(1);
-    let limit = (12.0 * usual).max(4.0) as f32;
+    let limit = outlier_limit(usual) as f32;
     let row = |(row, (ours, theirs)): (usize, (&[f32], &[f32]))| {
         let factor = rows.and_then(|rows| rows.get(row)).copied().unwrap_or(1.0);
         let (mut count, mut worst, mut at) = (0usize, 0f32, 0usize);
